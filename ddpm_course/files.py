@@ -6,8 +6,8 @@
 __all__ = ['ENDINGS', 'SPLITS', 'TORCHVISION', 'NAMES', 'over_white', 'is_grey', 'plain_mode', 'read_image', 'subfolders',
            'list_images', 'find_images', 'label_by_folder', 'split_folders', 'digest', 'decode', 'decode_all',
            'report_bad', 'Part', 'pixel_keys', 'set_channels', 'read_part', 'folder_parts', 'default_root', 'patience',
-           'torchvision_sets', 'array_part', 'digits_parts', 'torchvision_parts', 'is_path', 'check_count',
-           'check_options', 'load_parts']
+           'torchvision_sets', 'array_part', 'digits_parts', 'torchvision_parts', 'check_images', 'check_labels',
+           'is_path', 'check_count', 'check_options', 'load_parts', 'make_messy_folder']
 
 # %% ../nbs/96_files.ipynb #50e6f6d6
 import hashlib
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .core import choose
-from .shapes import as_size
+from .shapes import SHAPES, as_size, draw_shapes
 
 # %% ../nbs/96_files.ipynb #6f05bce8
 def over_white(
@@ -308,6 +308,29 @@ def torchvision_parts(
         parts[split] = array_part(u8, s.targets, fit, channels, split)
     return parts, [c.split(" - ")[0] for c in s.classes]
 
+# %% ../nbs/96_files.ipynb #a18c6843
+def check_images(
+    images,  # uint8 (N,C,H,W), or a source with __len__, .shape and .get(indices)
+):  # images; ValueError if their type or shape is wrong
+    "Refuse images that are not pixels."
+    dtype = getattr(images, "dtype", torch.uint8)
+    if dtype == torch.uint8 and len(images.shape) == 4: return images
+    raise ValueError(f"images are uint8 (N,C,H,W), not {dtype} {tuple(images.shape)}")
+
+def check_labels(
+    labels,  # N whole numbers: tensor, array or list; None: no labels
+    n: int,  # number of images
+    num_classes: int | None = None,  # largest label + 1, if known
+) -> Tensor:  # (N,) int64, zeros if there were none; ValueError if their number, type or range is wrong
+    "Labels as int64."
+    y = torch.zeros(n, dtype=torch.int64) if labels is None else torch.as_tensor(labels)
+    if y.shape != (n,): raise ValueError(f"{n} images need {n} labels in one dimension, not {tuple(y.shape)}")
+    if y.is_floating_point() or y.dtype == torch.bool: raise ValueError(f"labels are whole numbers, not {y.dtype}")
+    if n and y.min() < 0: raise ValueError(f"labels start at 0, these at {y.min()}")
+    if n and num_classes is not None and y.max() >= max(num_classes, 1):
+        raise ValueError(f"labels of {num_classes} classes go from 0 to {num_classes - 1}, these up to {y.max()}")
+    return y.long()
+
 # %% ../nbs/96_files.ipynb #b882f575
 NAMES = ("shapes", "digits", *TORCHVISION)
 
@@ -357,3 +380,32 @@ def load_parts(
     if is_path(name_or_path): return folder_parts(name_or_path, frame, channels, on_bad)
     if name_or_path == "digits": return *digits_parts(frame, channels), {}
     return *torchvision_parts(name_or_path, frame, channels, root, download), {}
+
+# %% ../nbs/96_files.ipynb #b1689ff7
+def _troubles(picture) -> dict:
+    "Images that PIL opens and most people read wrongly: name -> (image, keywords for saving)."
+    from PIL import Image
+    white = picture(9, 48).convert("L").point(lambda v: 255 * (v < 220))
+    logo = Image.composite(picture(9, 48).convert("RGBA"), Image.new("RGBA", (48, 48)), white)
+    scan = picture(9, 48).convert("L").convert("I").point(lambda v: v * 200)
+    turn = Image.Exif()
+    turn[0x0112] = 6  # EXIF orientation: show me turned to the right
+    phone = picture(4, (96, 48)).rotate(90, expand=True)
+    return {"star/logo.png": (logo, {}), "star/scan.png": (scan.convert("I;16"), {}), "square/phone.jpg": (phone, dict(exif=turn)),
+            "square/cap.png": (Image.new("RGB", (48, 48)), {}), "circle/wide.png": (picture(0, (40, 120)), {})}
+
+def make_messy_folder(
+    folder,  # is made; gets circle/, square/ and star/
+) -> dict:  # {name: path} of the odd files
+    "A small labelled folder: broken, doubled, transparent, 16-bit, sideways, black and wide images among good ones."
+    from PIL import Image
+    def picture(i, size): return Image.fromarray(draw_shapes(torch.tensor([i]), size)[0][0].permute(1, 2, 0).numpy())
+    folder = Path(folder)
+    for kind in ("circle", "square", "star"): (folder / kind).mkdir(parents=True)
+    for i, k in enumerate(draw_shapes(torch.arange(200), 8)[1].tolist()):
+        if (folder / SHAPES[k]).exists(): picture(i, 48).save(folder / SHAPES[k] / f"{i:03}.png")
+    odd = {**_troubles(picture), "circle/cut.jpg": (picture(0, 48), {})}
+    for name, (im, kw) in odd.items(): im.save(folder / name, **kw)
+    (folder / "circle/cut.jpg").write_bytes((folder / "circle/cut.jpg").read_bytes()[:700])
+    (folder / "circle/copy.png").write_bytes((folder / "circle/000.png").read_bytes())
+    return {Path(n).name: folder / n for n in [*odd, "circle/copy.png"]}

@@ -26,9 +26,9 @@ def drop_labels(
 ) -> Tensor:  # a new tensor of y's shape and type; ValueError: p outside [0, 1], null of another shape
     "Replace each example's label by `null` with probability `p`, independently; in training only (Ho and Salimans 2022, algorithm 1)."
     if not 0 <= p <= 1: raise ValueError(f"p is a probability in [0, 1], not {p}")
-    at = y.device if generator is None else generator.device
-    drop = (torch.rand(len(y), generator=generator, device=at) < p).to(y.device)
-    return torch.where(bcast(drop, y), _no_label(y, null), y)
+    none, at = _no_label(y, null), y.device if generator is None else generator.device
+    drop = torch.rand(len(y), generator=generator, device=at) < p
+    return torch.where(bcast(drop.to(y.device), y), none, y)
 
 # %% ../nbs/05_guidance.ipynb #aaf607d7
 def cfg(

@@ -244,6 +244,12 @@ def test_bfloat16_inside_the_network_float32_outside(process, param):
     torch.testing.assert_close(x0_hat, (c_skip * x + c_out * said.double()).float(), rtol=1e-5, atol=1e-5)  # scaled in float32
 
 
+def test_the_type_of_x_comes_back_whatever_the_network_returns():
+    for x_type, net_type in ((torch.bfloat16, torch.float32), (torch.float32, torch.float64), (torch.float64, torch.float32)):
+        d = Denoiser(lambda x, clock, cond: x.to(net_type), DDPM(), v_param)
+        assert d(torch.ones(2, 3, dtype=x_type), 5).dtype == x_type
+
+
 def test_the_network_gets_the_clock_and_the_condition_untouched():
     d, cond = Denoiser(Spy(), DDPM(T=20), eps_param), dict(anything="opaque")
     d(normal(3, 8).float(), torch.tensor([1, 10, 20]), cond)
@@ -402,7 +408,7 @@ def pair_floor(a, s, gap):
     return torch.trapezoid(density * (h / (a * h * (a * h + s * z) / s**2).cosh()) ** 2, z)
 
 
-@pytest.mark.parametrize("offset", [0.0, 1.0, 100.0])
+@pytest.mark.parametrize("offset", [0.0, 1.0, 1e4])
 @pytest.mark.parametrize("t", [1e-4, 1e-3, 1e-2, 0.1, 0.5, 0.9])
 def test_floor_of_a_pair_down_to_small_t(t, offset):
     flow, gap = Flow(), 4 * t  # so that the two stay in doubt however small t is
@@ -417,6 +423,12 @@ def test_floor_is_zero_where_members_can_be_told_apart():
     x0s = normal(500, 64, seed=1).float()
     floor = loss_floor(DDPM(), eps_param, x0s, torch.tensor([1, 5, 20]), 64, gen(0))
     assert (floor >= 0).all() and floor.max() < 1e-8  # |x|^2 - |mean|^2 in float32 would leave 1e-3 at t = 1
+
+
+def test_floor_is_never_negative():
+    x0s = normal(7, 50, seed=1).repeat(3, 1)  # weights of 1/3: |x|^2 - |mean|^2 is 0 up to rounding, of either sign
+    floor = torch.stack([loss_floor(DDPM(), x0_param, x0s, torch.tensor([2, 3]), 2, gen(i)) for i in range(20)])
+    assert (floor >= 0).all() and floor.max() < 1e-12
 
 
 def test_floor_at_the_noise_end_is_the_variance_of_the_data():
