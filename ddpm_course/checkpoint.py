@@ -75,7 +75,8 @@ def write_checkpoint(
     files["state.pt"] = buffer.getvalue()
     manifest = {n: dict(bytes=len(b), sha256=hashlib.sha256(b).hexdigest()) for n, b in files.items()}
     try:
-        shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
+        _sweep(folder, keep)  # first, so that rests of a crash do not take the space
+        tmp.mkdir(parents=True)
         for name, data in files.items(): write_atomic(tmp / name, data)
         write_json(tmp / "manifest.json", manifest)
         if path.exists(): os.replace(path, folder / f".old-{path.name}-{os.getpid()}")  # the same step again

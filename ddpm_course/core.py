@@ -180,7 +180,7 @@ def show_images(
         if ax is None: ax = plt.subplots(figsize=(cols * scale, rows * scale))[1]
         ax.imshow(grid(x, cols).permute(1, 2, 0)); ax.axis("off")
         return ax
-    axs = plt.subplots(rows, cols, figsize=(cols * scale * 1.2, rows * scale * 1.4), squeeze=False)[1].flat
+    axs = plt.subplots(rows, cols, figsize=(cols * scale * 1.2, rows * scale * 1.4), squeeze=False)[1].ravel()
     for a in axs: a.axis("off")
     for a, im, title in zip(axs, x, titles):
         a.imshow(grid(im[None], 1, pad=0).permute(1, 2, 0)); a.set_title(str(title), fontsize=8)

@@ -112,8 +112,9 @@ def split_part(
 ) -> dict:  # {'train': Part, ...}
     "Split class by class (or all in one, where classes are too small), by the random number that each image carries."
     order = sorted((chance(k, seed), i) for i, k in enumerate(part.keys))
-    groups = [[o for o in order if y[o[1]] == c] for y in (part.labels.tolist(),) for c in sorted({*y})]
-    cuts = [cut(g, fractions, stable) for g in groups]
+    y, groups = part.labels.tolist(), {}
+    for u, i in order: groups.setdefault(y[i], []).append((u, i))
+    cuts = [cut(g, fractions, stable) for g in groups.values()]
     if any(share > 0 and not any(c[name] for c in cuts) for name, share in fractions.items()): cuts = [cut(order, fractions, stable)]
     return {name: part.take(sorted(sum((c[name] for c in cuts), []))) for name in ("train", *fractions)}
 

@@ -94,8 +94,10 @@ def test_measured_order_on_normal_data(case, c):
         for step, found in errors.items():
             found.append((sample(gaussian(process, c, 0.7), process, start, ts, step) - want).abs().max().item())
     assert abs(order(errors[euler]) - 1) < 0.06
-    if heun_order: assert abs(order(errors[heun]) - heun_order) < 0.1
-    else: assert 1.0 < order(errors[heun]) < 1.6
+    if heun_order:
+        assert abs(order(errors[heun]) - heun_order) < 0.1
+    else:
+        assert 1.0 < order(errors[heun]) < 1.6
     assert all(h < e / 5 for h, e in zip(errors[heun], errors[euler]))
 
 
@@ -139,14 +141,19 @@ def test_spread_of_ancestral_samples_is_weakly_first_order(name, kind, monkeypat
                 r, v_t, v_s = process.alpha(t) / process.alpha(s), variance(process, t, c), variance(process, s, c)
                 assert gain == pytest.approx((r * v_s / v_t).item(), rel=1e-6, abs=1e-12)  # the mean is exact
                 truth = (v_s - (r * v_s) ** 2 / v_t).item()  # Var(x_s | x_t) of normal variables
-                if kind == "posterior": assert fresh**2 <= truth * (1 + 1e-6) + 1e-15
-                elif s > 0 and (name == "edm" or name in ("ddpm", "vp") and c <= 1): assert fresh**2 >= truth * (1 - 1e-6)
+                if kind == "posterior":
+                    assert fresh**2 <= truth * (1 + 1e-6) + 1e-15
+                elif s > 0 and (name == "edm" or name in ("ddpm", "vp") and c <= 1):
+                    assert fresh**2 >= truth * (1 - 1e-6)
                 V = gain**2 * V + fresh**2
             errors.append(math.sqrt(V) / c - 1)
-        if kind == "posterior": assert errors[0] < errors[1] < 0  # always too narrow
-        if name == "ddpm" and c < 1 and kind == "beta": assert errors[0] > errors[1] > 0  # too wide
+        if kind == "posterior":
+            assert errors[0] < errors[1] < 0  # always too narrow
+        if name == "ddpm" and c < 1 and kind == "beta":
+            assert errors[0] > errors[1] > 0  # too wide
         assert abs(errors[1]) < 0.75 * abs(errors[0])
-        if kind == "posterior": assert order([abs(e) for e in errors]) > 0.6
+        if kind == "posterior":
+            assert order([abs(e) for e in errors]) > 0.6
 
 
 def test_each_of_ddpms_variances_is_exact_for_one_kind_of_data():
@@ -219,7 +226,8 @@ def test_the_path_to_one_point_is_exact_at_any_number_of_steps(case, step):
     ts, x0, eps = grid(3), torch.tensor([[0.4]], dtype=F64), torch.tensor([[1.3]], dtype=F64)
     walk = []
     sample(exact_denoiser(process, x0), process, process.add_noise(x0, ts[:1], eps), ts, step, lambda **k: walk.append((k["t"], k["x"])))
-    for t, x in walk: assert torch.allclose(x, process.add_noise(x0, t, eps), atol=1e-10)
+    for t, x in walk:
+        assert torch.allclose(x, process.add_noise(x0, t, eps), atol=1e-10)
 
 
 POINTS, COUNTS = torch.tensor([-0.8, 0.1, 0.9], dtype=F64), (5, 2, 3)  # three values, some repeated
@@ -346,7 +354,8 @@ def test_every_walk_goes_from_T_to_0(n):  # mistake 4: index 0 was neither train
     assert seen[0][0] == 1000 and seen[-1][1] == 0 and len(count.times) == n
     assert all(a[1] == b[0] for a, b in zip(seen, seen[1:])) and all(t > s for t, s in seen)
     assert torch.equal(x, torch.full_like(x, 0.25))  # at t = 0 no noise is left: the estimate itself
-    if n == 1000: assert count.times == list(range(1000, 0, -1))  # t = 1, their index 0, is used ...
+    if n == 1000:
+        assert count.times == list(range(1000, 0, -1))  # t = 1, their index 0, is used ...
     assert set(process.sample_t(20_000, generator=seeded()).tolist()) >= {1, 1000}  # ... and trained
 
 
@@ -364,8 +373,13 @@ def test_number_of_evaluations(name):
 
 
 class Net(nn.Module):
-    def __init__(self): super().__init__(); self.w = nn.Parameter(torch.tensor(0.1)); self.drop = nn.Dropout(0.5); self.grads = []
-    def forward(self, x, clock, cond=None): self.grads.append(torch.is_grad_enabled()); return self.w * x
+    def __init__(self):
+        super().__init__()
+        self.w, self.drop, self.grads = nn.Parameter(torch.tensor(0.1)), nn.Dropout(0.5), []
+
+    def forward(self, x, clock, cond=None):
+        self.grads.append(torch.is_grad_enabled())
+        return self.w * x
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -390,8 +404,10 @@ def test_callback_sees_each_step():
     denoise = gaussian(process, 0.5)
     out = sample(denoise, process, x, process.steps(4), heun, lambda **k: seen.append(k))
     assert [k["i"] for k in seen] == [0, 1, 2, 3] and torch.equal(seen[0]["x"], x) and set(seen[0]) == {"i", "t", "s", "x", "x0"}
-    for k in seen: assert k["t"].shape == (2,) and torch.equal(k["x0"], denoise(k["x"], k["t"]))
-    for a, b in zip(seen, seen[1:]): assert torch.equal(heun(denoise, process, a["x"], a["t"], a["s"])[0], b["x"])
+    for k in seen:
+        assert k["t"].shape == (2,) and torch.equal(k["x0"], denoise(k["x"], k["t"]))
+    for a, b in zip(seen, seen[1:]):
+        assert torch.equal(heun(denoise, process, a["x"], a["t"], a["s"])[0], b["x"])
     assert torch.equal(seen[-1]["x0"], out)
 
 
@@ -413,11 +429,13 @@ def test_samples_of_a_seed_do_not_depend_on_the_batch_size(kw):
 
     pixelwise = gaussian(process, 0.5)
     whole = draw(pixelwise, n)
-    for size in (1, 2, 5): assert torch.equal(draw(pixelwise, size), whole)
+    for size in (1, 2, 5):
+        assert torch.equal(draw(pixelwise, size), whole)
     assert torch.equal(draw(pixelwise, n), whole) and not torch.allclose(draw(pixelwise, n, seed=4), whole, atol=1e-2)
     assert len(set(whole.flatten(1).sum(1).tolist())) == n  # and they differ from each other
     exact = exact_denoiser(process, x0s)
-    for size in (1, 5): assert torch.allclose(draw(exact, size), draw(exact, n), atol=1e-4)
+    for size in (1, 5):
+        assert torch.allclose(draw(exact, size), draw(exact, n), atol=1e-4)
 
 
 # ---------------------------------------------------------------- shapes and types
@@ -477,7 +495,10 @@ def test_half_precision_images_stay_finite():
 # ---------------------------------------------------------------- wrappers and bad input
 def test_clip_x0_is_a_wrapper_that_passes_conditions_on():
     seen = []
-    def denoise(x, t, y=None, mask=None): seen.append((y, mask)); return 3 * x
+    def denoise(x, t, y=None, mask=None):
+        seen.append((y, mask))
+        return 3 * x
+
     x = torch.tensor([-1.0, -0.2, 0.1, 2.0])
     assert clip_x0(denoise)(x, None).tolist() == pytest.approx([-1, -0.6, 0.3, 1])
     assert clip_x0(denoise, 0.5)(x, None, 7, mask=8).abs().max() == 0.5 and seen[-1] == (7, 8)
@@ -503,17 +524,20 @@ def test_unknown_variance_suggests_the_nearest(name, near):
 
 @pytest.mark.parametrize("ts", [torch.tensor(500), torch.tensor([]), torch.tensor([500]), torch.tensor([[500, 0]])], ids=lambda t: str(tuple(t.shape)))
 def test_a_grid_needs_two_times(ts):
-    with pytest.raises(ValueError, match="at least 2 times"): sample(gaussian(DDPM(), 0.5), DDPM(), torch.randn(2, 3), ts)
+    with pytest.raises(ValueError, match="at least 2 times"):
+        sample(gaussian(DDPM(), 0.5), DDPM(), torch.randn(2, 3), ts)
 
 
 @pytest.mark.parametrize("ts", [DDPM().steps(5).flip(0), torch.tensor([1000, 0, 0]), torch.tensor([0, 0])], ids=str)
 def test_only_the_last_time_may_be_zero(ts):
-    with pytest.raises(ValueError, match="only the last may be 0"): sample(gaussian(DDPM(), 0.5), DDPM(), torch.randn(2, 3), ts)
+    with pytest.raises(ValueError, match="only the last may be 0"):
+        sample(gaussian(DDPM(), 0.5), DDPM(), torch.randn(2, 3), ts)
 
 
 @pytest.mark.parametrize("n", [0, -1, 1001])
 def test_steps_that_make_no_sense(n):
-    with pytest.raises(ValueError, match=str(n)): DDPM().steps(n)
+    with pytest.raises(ValueError, match=str(n)):
+        DDPM().steps(n)
 
 
 def test_generators_must_be_one_per_example():

@@ -19,6 +19,7 @@ from execnb.nbio import dict2nb, write_nb
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
+from nbclient.output_widget import OutputWidget
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
 
@@ -30,6 +31,13 @@ WARN_MB = 2
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 BAR = re.compile(r"\d+%\|.*\||\d+(it|ex|batch)?s?/s\b|\d+it \[")  # '37%|####    | 37/100 [00:01<00:02, 31.2it/s]'
 CALLABLE = re.compile(r"<function [^>]*>|functools\.partial\(.*\)")
+
+
+class QuietOutput(OutputWidget):
+    "Captures what a slider draws without sending it back: a send beside the waiting loop can lose the kernel's reply for good."
+
+    def sync_state(self):
+        pass
 
 
 class ThisPython(AsyncKernelManager):
@@ -110,6 +118,7 @@ def run(path: Path, flags: set, cwd: Path, timeout: float, replacements: list) -
     end = time.monotonic() + timeout
     client = NotebookClient(nb, timeout_func=lambda cell: max(1, int(end - time.monotonic())), kernel_manager_class=ThisPython,
                             resources={"metadata": {"path": str(cwd)}}, skip_cells_with_tag=SKIP)
+    client.widget_registry = {"@jupyter-widgets/output": {"OutputModel": QuietOutput}}
     client.execute()
     for cell in nb.cells:
         if cell.cell_type == "code":
