@@ -77,7 +77,7 @@ def drop_duplicates(
     "Keep the first of images with the same pixels, and none that is also in `taken`."
     twice = duplicates(part.pixels, taken)
     if not twice: return part, {}
-    why = {part.names[i]: "also in valid or test" if j is None else f"same pixels as {part.names[j]}" for i, j in twice.items()}
+    why = {part.names[i]: "also held out for valid or test" if j is None else f"same pixels as {part.names[j]}" for i, j in twice.items()}
     name, reason = next(iter(why.items()))
     warnings.warn(f"removed {len(why)} exact duplicates from {len(part.names)} images, the first is {name} ({reason})", stacklevel=2)
     return part.take([i for i in range(len(part.names)) if i not in twice]), why
@@ -130,7 +130,7 @@ class Batches:
         self.passes += 1
         return self.epoch(self.passes - 1)
     def epoch(self, e, start=0): return epoch_batches(self, e, check_count(start, "start", 0))
-    def get(self, i): return self.source[i] if isinstance(self.source, Tensor) else self.source.get(i)
+    def get(self, i): return self.source.get(i) if hasattr(self.source, "get") and self.drawn is None else self.images[i]
     @property
     def images(self):
         if isinstance(self.source, Tensor): return self.source
@@ -190,10 +190,11 @@ def clean_and_split(
     seed: int = 0,
     stable: bool = False,
 ):  # {'train', 'valid', 'test': Part}, {name: why it was left out}
-    "Remove duplicates, and training images that are also in valid or test; then cut what is missing from train."
-    given = {k: p for k, p in parts.items() if k in ("valid", "test")}
-    whole = parts.get("all") or parts["train"]
-    whole, dropped = drop_duplicates(whole, [k for p in given.values() for k in p.pixels])
+    "Remove duplicates, in train also those of valid and test, in valid those of test; then cut what is missing from train."
+    given, dropped = {k: parts[k] for k in ("valid", "test") if k in parts}, {}
+    if len(given) == 2: given["valid"], dropped = drop_duplicates(given["valid"], given["test"].pixels)
+    whole, twice = drop_duplicates(parts.get("all") or parts["train"], [k for p in given.values() for k in p.pixels])
+    dropped |= twice
     missing = {k: v for k, v in dict(valid=valid, test=test).items() if k not in given}
     if len(whole.names) > len(missing): return split_part(whole, missing, seed, stable) | given, dropped
     warnings.warn(f"only {len(whole.names)} images: {' and '.join(missing)} use the training images", stacklevel=2)

@@ -195,7 +195,7 @@ def set_channels(
     r, g, b = u8.float().unbind(1)
     return (0.299 * r + 0.587 * g + 0.114 * b).round().to(torch.uint8)[:, None]
 
-# %% ../nbs/96_files.ipynb #0cefa273
+# %% ../nbs/96_files.ipynb #26b35733
 def read_part(
     paths: list,
     labels: Tensor,  # (N,) int64
@@ -213,6 +213,7 @@ def read_part(
     images = torch.stack([done[i][0].expand(C, -1, -1) for i in good])
     return Part(images, labels[good], [str(paths[i]) for i in good], [done[i][1] for i in good], pixel_keys(images)), bad
 
+# %% ../nbs/96_files.ipynb #c06c773e
 def folder_parts(
     folder,  # images; or classes; or train/ with valid/ and test/
     fit,  # (1,C,h,w) -> (1,C,H,W), both uint8

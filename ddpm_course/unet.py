@@ -201,4 +201,4 @@ class UNet_conditional(UNet):
         return timestep_embedding(t, self.time_dim) + self.label_emb(cond)
 
 # %% ../nbs/06_unet.ipynb #bcac58f0
-LIGHT = dict(patch=2, widths=(32, 64, 128), attention=(2,), residual_up=False)  # what the later lessons train
+LIGHT = dict(patch=2, widths=(48, 96, 96), attention=(1, 2), residual_up=False)  # what the later lessons train

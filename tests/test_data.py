@@ -362,6 +362,23 @@ def test_hidden_files_and_other_files_are_passed_over(tmp_path):
     assert sum(names(d)) == 4 and d.classes == ["a"] and not d.dropped
 
 
+def test_duplicates_between_given_splits(tmp_path):
+    make_folder(tmp_path, {"train": 10, "valid": 5, "test": 4})
+    first = (tmp_path / "test/000.png").read_bytes()
+    (tmp_path / "valid/leak.png").write_bytes(first)
+    (tmp_path / "train/leak.png").write_bytes(first)
+    (tmp_path / "train/leak2.png").write_bytes((tmp_path / "valid/001.png").read_bytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        d = get_dls(tmp_path, 24)
+    assert names(d) == [10, 5, 4] and {Path(p).name for p in d.dropped} == {"leak.png", "leak2.png"} and len(d.dropped) == 3
+
+
+def test_no_validation_part_if_none_is_wanted():
+    d = get_dls("digits", 8, valid=0)
+    assert len(d.valid.labels) == 0 and list(d.valid) == [] and len(d.train.labels) + len(d.test.labels) == 1797
+
+
 def test_images_beside_classes_are_named(tmp_path):
     make_folder(tmp_path, {"a": 3, ".": 2})
     with pytest.warns(UserWarning, match="ignored 2 images"):
@@ -606,7 +623,8 @@ def test_to_device_keeps_bytes():
     d = get_dls("digits", 8).to("cpu")
     assert d.train.images.dtype == torch.uint8 and d.to(torch.device("cpu")) is d
     s = get_dls("shapes", 8, sizes=(20, 5, 5)).to("cpu")
-    assert s.train.images.shape == (20, 3, 8, 8)
+    drawn = next(s.train.epoch(0))[0]
+    assert s.train.images.shape == (20, 3, 8, 8) and torch.equal(next(s.train.epoch(0))[0], drawn)
     if torch.cuda.is_available():
         for d in (get_dls("digits", 8, flip=True), get_dls("shapes", 8, sizes=(200, 5, 5))):
             here = list(d.train.epoch(1))
