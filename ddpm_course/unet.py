@@ -75,16 +75,20 @@ def bcast_channels(
 
 def _time_layer(time_dim, c_out): return nn.Sequential(nn.SiLU(), nn.Linear(time_dim, c_out))
 
+def _residual(c_first, c_last, late):  # where a block has its residual DoubleConv: (before the convolutions, after the time)
+    return ([], DoubleConv(c_last, c_last, residual=True)) if late else ([DoubleConv(c_first, c_first, residual=True)], nn.Identity())
+
 class Down(nn.Module):
     "Halve the image, change the channels, add the time embedding."
-    def __init__(self, c_in: int, c_out: int, time_dim: int = 256):
+    def __init__(self, c_in: int, c_out: int, time_dim: int = 256, late: bool = False):
         super().__init__()
-        self.convs = nn.Sequential(nn.MaxPool2d(2), DoubleConv(c_in, c_in, residual=True), DoubleConv(c_in, c_out))
+        first, self.last = _residual(c_in, c_out, late)
+        self.convs = nn.Sequential(nn.MaxPool2d(2), *first, DoubleConv(c_in, c_out))
         self.time = _time_layer(time_dim, c_out)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # (B,c_in,H,W), (B,time_dim) -> (B,c_out,H/2,W/2)
         x = self.convs(x)
-        return x + bcast_channels(self.time(emb), x)
+        return self.last(x + bcast_channels(self.time(emb), x))
 
 # %% ../nbs/06_unet.ipynb #b30c84cb
 class Up(nn.Module):
@@ -94,17 +98,17 @@ class Up(nn.Module):
         c_in: int,  # channels from below and from the skip together
         c_out: int,
         time_dim: int = 256,
-        residual: bool = True,  # a residual block on the joined channels first: most of an Up's work
+        late: bool = False,  # the residual block comes last, on c_out channels, instead of first, on c_in: a quarter of the work or less
     ):
         super().__init__()
         self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
-        first = [DoubleConv(c_in, c_in, residual=True)] if residual else []
+        first, self.last = _residual(c_in, c_out, late)
         self.convs = nn.Sequential(*first, DoubleConv(c_in, c_out, c_in // 2))
         self.time = _time_layer(time_dim, c_out)
 
     def forward(self, x: Tensor, skip: Tensor, emb: Tensor) -> Tensor:  # (B,_,H,W), (B,_,2H,2W) -> (B,c_out,2H,2W)
         x = self.convs(torch.cat([skip, self.up(x)], dim=1))
-        return x + bcast_channels(self.time(emb), x)
+        return self.last(x + bcast_channels(self.time(emb), x))
 
 # %% ../nbs/06_unet.ipynb #351449b4
 def check_size(
@@ -130,7 +134,7 @@ class UNet(nn.Module):
         heads: int = 4,  # of each attention
         mid_blocks: int = 2,  # DoubleConvs at the bottom
         patch: int = 1,  # pixels are gathered patch x patch into channels first: fewer, thicker pixels
-        residual_up: bool = True,  # the residual block on the joined channels of each Up
+        late_residual: bool = False,  # residual blocks last, after the time embedding, where they are cheap
     ):  # ValueError: fewer than two widths, a level that does not exist, channels that do not divide into heads
         super().__init__()
         levels = range(len(widths))
@@ -138,17 +142,17 @@ class UNet(nn.Module):
         if len(widths) < 2: raise ValueError(f"a UNet has at least two widths, not {len(widths)}: {widths}")
         if not set(attention) <= set(levels): raise ValueError(f"attention at levels {attention}: {len(widths)} widths make levels 0..{levels[-1]}")
         self.config = dict(c_in=c_in, c_out=c_out, time_dim=time_dim, widths=list(widths), attention=attention,
-                           heads=heads, mid_blocks=mid_blocks, patch=patch, residual_up=residual_up)
+                           heads=heads, mid_blocks=mid_blocks, patch=patch, late_residual=late_residual)
         self.time_dim, self.multiple = time_dim, patch * 2 ** levels[-1]
         outs = (widths[0], *widths[:-2])  # channels that each Up gives, from the top level
         below = (*outs[1:], widths[-1])  # channels that come to it from below
         def sa(level, c): return SelfAttention(c, heads) if level in attention else nn.Identity()
 
         self.stem = nn.Sequential(nn.PixelUnshuffle(patch), DoubleConv(c_in * patch**2, widths[0]))
-        self.downs = nn.ModuleList(Down(a, b, time_dim) for a, b in zip(widths, widths[1:]))
+        self.downs = nn.ModuleList(Down(a, b, time_dim, late_residual) for a, b in zip(widths, widths[1:]))
         self.downs_sa = nn.ModuleList(sa(i, widths[i]) for i in levels[1:])
-        self.mid = nn.Sequential(*[DoubleConv(widths[-1], widths[-1]) for _ in range(mid_blocks)])
-        self.ups = nn.ModuleList(Up(below[i] + widths[i], outs[i], time_dim, residual_up) for i in reversed(levels[:-1]))
+        self.mid = nn.Sequential(*[DoubleConv(widths[-1], widths[-1], residual=late_residual) for _ in range(mid_blocks)])
+        self.ups = nn.ModuleList(Up(below[i] + widths[i], outs[i], time_dim, late_residual) for i in reversed(levels[:-1]))
         self.ups_sa = nn.ModuleList(sa(i, outs[i]) for i in reversed(levels[:-1]))
         self.out = nn.Sequential(nn.Conv2d(outs[0], c_out * patch**2, 1), nn.PixelShuffle(patch))
 
@@ -201,4 +205,4 @@ class UNet_conditional(UNet):
         return timestep_embedding(t, self.time_dim) + self.label_emb(cond)
 
 # %% ../nbs/06_unet.ipynb #bcac58f0
-LIGHT = dict(patch=2, widths=(48, 96, 96), attention=(1, 2), residual_up=False)  # what the later lessons train
+LIGHT = dict(patch=2, widths=(32, 64, 64), attention=(1, 2), mid_blocks=1, late_residual=True)  # what the later lessons train

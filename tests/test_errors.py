@@ -227,8 +227,7 @@ def test_runs_that_are_not_there_on_the_command_line(tmp_path):
     for command in (["sample", "--run"], ["info"]): assert "config.json does not exist" in fails(*command, tmp_path / "no")
 
 
-def test_a_run_is_not_overwritten_from_the_command_line(tmp_path, monkeypatch):
-    for k, v in dict(WANDB_MODE="disabled").items(): monkeypatch.setenv(k, v)
+def test_a_run_is_not_overwritten_from_the_command_line(tmp_path):
     run = tmp_path / "r"
     (run / "checkpoints/step-000000004").mkdir(parents=True)
     assert "already holds a run" in fails("train", "--img-size", 16, "--device", "cpu", "--run", run, "--epochs", 1)

@@ -280,7 +280,7 @@ def configurations(draw):
     config = dict(c_in=draw(st.integers(1, 4)), c_out=draw(st.integers(1, 4)), time_dim=draw(st.sampled_from([8, 16])),
                   widths=tuple(draw(st.lists(st.sampled_from([4, 8, 12]), min_size=levels, max_size=levels))),
                   attention=draw(st.none() | st.lists(st.integers(0, levels - 1), unique=True).map(tuple)), heads=draw(st.sampled_from([1, 2, 4])),
-                  mid_blocks=draw(st.integers(0, 2)), patch=draw(st.integers(1, 3)), residual_up=draw(st.booleans()))
+                  mid_blocks=draw(st.integers(0, 2)), patch=draw(st.integers(1, 3)), late_residual=draw(st.booleans()))
     return config, draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.sampled_from([None, 1, 5]))
 
 
@@ -313,10 +313,18 @@ def test_every_skip_is_used():
     assert [s.shape[-1] for s in skips] == [4, 8, 16] and all(s.grad.abs().sum() > 0 for s in skips)
 
 
+def with_last(block, last):
+    block.last = last
+    return block
+
+
 def test_down_and_up_add_the_time_to_every_pixel():
     emb, x = torch.randn(2, 16), torch.randn(2, 4, 4, 6)
-    for block, args in ((Down(4, 6, 16), (x,)), (Up(8, 6, 16), (x, torch.randn(2, 4, 8, 12))), (Up(8, 6, 16, residual=False), (x, torch.randn(2, 4, 8, 12)))):
+    for block, args in ((Down(4, 6, 16), (x,)), (Up(8, 6, 16), (x, torch.randn(2, 4, 8, 12))), (Up(8, 6, 16, late=True), (x, torch.randn(2, 4, 8, 12)))):
+        last, block.last = block.last, torch.nn.Identity()  # what a late residual block is handed
         change = block(*args, emb) - block(*args, 0 * emb)
+        close(block(*args, emb) if isinstance(last, torch.nn.Identity) else last(block(*args, emb)), with_last(block, last)(*args, emb))
+        block.last = torch.nn.Identity()
         close(change, (block.time(emb) - block.time(0 * emb))[..., None, None].expand_as(change), 1e-5)
 
 
