@@ -40,10 +40,12 @@ def write_atomic(
 # %% ../nbs/93_checkpoint.ipynb #5d4ded7a
 def write_json(path, value): write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
-def read_json(path):  # CheckpointError if it is missing or is not JSON
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
+def read_json(path) -> dict:  # CheckpointError if it is missing or does not hold a JSON object
+    try: value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise CheckpointError(f"{path} does not exist: a run folder holds config.json and checkpoints/") from None
     except (ValueError, OSError) as e: raise CheckpointError(f"{path} is damaged: expected JSON ({e})") from None
+    if not isinstance(value, dict): raise CheckpointError(f"{path} is damaged: expected a JSON object, not {type(value).__name__}")
+    return value
 
 # %% ../nbs/93_checkpoint.ipynb #d79843bb
 def checkpoints(
@@ -70,6 +72,7 @@ def write_checkpoint(
     from safetensors.torch import save
     folder = Path(run, "checkpoints")
     tmp, path = folder / f".tmp-{os.getpid()}", folder / f"step-{step:09d}"
+    if path.exists(): os.utime(path); return path  # saved already: a checkpoint of a step never changes
     buffer = io.BytesIO(); torch.save(state, buffer)
     files = {f"{k}.safetensors": save({n: t.detach().contiguous() for n, t in v.items()}) for k, v in tensors.items()}
     files["state.pt"] = buffer.getvalue()
@@ -79,7 +82,6 @@ def write_checkpoint(
         tmp.mkdir(parents=True)
         for name, data in files.items(): write_atomic(tmp / name, data)
         write_json(tmp / "manifest.json", manifest)
-        if path.exists(): os.replace(path, folder / f".old-{path.name}-{os.getpid()}")  # the same step again
         os.replace(tmp, path)
         if os.name == "posix": _sync(folder)
     except OSError as e:
@@ -96,7 +98,8 @@ def verified(
     "Read a file of a checkpoint and compare it with the manifest."
     path = Path(path)
     want = read_json(path / "manifest.json").get(name)
-    if want is None: raise CheckpointError(f"{path / 'manifest.json'} does not list {name}")
+    if not isinstance(want, dict) or not {"bytes", "sha256"} <= want.keys():
+        raise CheckpointError(f"{path / 'manifest.json'} is damaged: expected length and SHA-256 of {name}")
     try: data = (path / name).read_bytes()
     except FileNotFoundError: raise CheckpointError(f"{path / name} is missing: the manifest lists it with {want['bytes']} bytes") from None
     if len(data) != want["bytes"]: raise CheckpointError(f"{path / name} is truncated: {len(data)} bytes, expected {want['bytes']}")

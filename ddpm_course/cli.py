@@ -36,7 +36,7 @@ def main(): "Train diffusion models on images and sample from them."
 @click.option("--data", default="digits", help="digits, shapes, mnist, fashion_mnist, cifar10, or a folder of images (a subfolder per class, or none).")
 @click.option("--root", type=click.Path(), help="Where named data sets lie or are downloaded to [default: $DDPM_COURSE_DATA, then a cache folder].")
 @click.option("--img-size", default=32, help="Side of the images; others are resized and padded.")
-@click.option("--batch-size", default=64, help="Images per step.")
+@click.option("--batch-size", default=32, help="Images per step.")
 @click.option("--run", type=click.Path(), help="Folder for checkpoints, log and pictures [default: runs/DATA].")
 @click.option("--minutes", type=float, help="How long to train; or")
 @click.option("--epochs", type=float, help="passes over the data [default: 10 minutes].")
@@ -56,7 +56,7 @@ def train(data, root, img_size, batch_size, run, minutes, epochs, resume, schedu
     from ddpm_course.process import DDPM
     from ddpm_course.training import Diffusion, UNet_conditional
     if minutes is None and epochs is None: minutes = 10.0
-    run, device = Path(run or Path("runs", Path(data).name)), default_device(device)
+    run, device = Path(run or Path("runs", Path(data).resolve().name)), default_device(device)
     dls = get_dls(data, img_size=img_size, batch_size=batch_size, root=root, seed=seed)
     net = UNet_conditional(dls.shape[0], dls.shape[0], num_classes=dls.num_classes or None) if network == "source" else None
     diff = Diffusion(net, DDPM(schedule=schedule), predict, dls.shape, dls.num_classes, dls.classes, device=device, seed=seed)
@@ -66,7 +66,7 @@ def train(data, root, img_size, batch_size, run, minutes, epochs, resume, schedu
     diff.fit(dls, epochs, minutes, run=run, resume=resume, wandb=wandb, lr=lr, precision=precision)
     labels = [k for k in range(dls.num_classes) for _ in range(8)] or None
     path = save_images(diff.sample(labels, n=None if labels else 64, cfg_scale=2.0 if labels else 1.0, n_steps=25, seed=seed), run / "samples.png")
-    last = diff.history[-1]
+    last = diff.history[-1] if diff.history else dict(loss=float("nan"))
     click.echo(f"step {diff.step} | loss {last['loss']:.4f} | validation loss {last.get('valid_loss', float('nan')):.4f} | "
                f"{time.perf_counter() - start:.0f} s | {run} | {path}")
 
@@ -76,7 +76,7 @@ def train(data, root, img_size, batch_size, run, minutes, epochs, resume, schedu
 @click.option("--label", multiple=True, help="Class to draw, by name or number; may be given several times [default: every class].")
 @click.option("--n", default=8, help="Images per label.")
 @click.option("--steps", default=50, help="Denoising steps.")
-@click.option("--guidance", default=2.0, help="0 ignores the label, 1 follows it, more exaggerates it.")
+@click.option("--guidance", default=3.0, help="0 ignores the label, 1 follows it, more exaggerates it.")
 @click.option("--sampler", default="euler", help="euler (DDIM), ancestral (DDPM) or heun.")
 @click.option("--out", type=click.Path(), help="PNG to write [default: RUN/samples.png].")
 @click.option("--seed", default=0, help="The same seed gives the same images.")
@@ -89,13 +89,16 @@ def sample(run, label, n, steps, guidance, sampler, out, seed, device, chunk):
     from ddpm_course.training import Diffusion
     if n < 1: raise ValueError(f"--n is a number of images, at least 1, not {n}")
     diff = Diffusion.load(run, device)
-    names = {c: k for k, c in enumerate(diff.classes)} | {str(k): k for k in range(diff.num_classes)}
+    names = {str(k): k for k in range(diff.num_classes)} | {c: k for k, c in enumerate(diff.classes)}
     if label and not diff.num_classes: raise ValueError(f"{run} was trained without labels: leave --label out")
+    out = Path(out or Path(run, "samples.png"))
+    if out.suffix.lower() not in (".png", ".jpg", ".webp"): raise ValueError(f"--out is a picture: {out} ends neither in .png nor in .jpg or .webp")
+    out.parent.mkdir(parents=True, exist_ok=True)
     wanted = [choose(l, names, "label") for l in label] or list(range(diff.num_classes))
     start = time.perf_counter()
     images = diff.sample([k for k in wanted for _ in range(n)] or None, n=None if wanted else n, cfg_scale=guidance if wanted else 1.0,
                          n_steps=steps, step=choose(sampler, STEPS, "sampler"), seed=seed, chunk=chunk)
-    path = save_images(images, out or Path(run, "samples.png"), cols=min(n, 16) if not wanted else n)
+    path = save_images(images, out, cols=min(n, 16) if not wanted else n)
     click.echo(f"{len(images)} images, {time.perf_counter() - start:.1f} s: {path}")
 
 # %% ../nbs/91_cli.ipynb #46291313
@@ -131,7 +134,7 @@ def demo(run, minutes):
     from ddpm_course.training import Diffusion
     run = Path(run)
     if (run / "checkpoints").exists(): shutil.rmtree(run)  # a demo starts anew
-    dls = get_dls("digits", img_size=16, batch_size=64)
+    dls = get_dls("digits", img_size=16, batch_size=32)
     diff = Diffusion(shape=dls.shape, num_classes=dls.num_classes, classes=dls.classes)
     click.echo(f"{len(dls.train.labels)} handwritten digits, {dls.shape[1]}x{dls.shape[2]} pixels; training for {minutes:g} minutes on {diff.device}")
     start = time.perf_counter()

@@ -13,6 +13,7 @@ def _no_label(y, null) -> Tensor:
     "`null` with y's shape, type and device."
     if not isinstance(y, Tensor) or y.ndim == 0: raise ValueError(f"labels are a tensor with one row per example, (B, ...), not {y!r}")
     if null is None: raise ValueError("null is the value that means 'no label', such as the number of classes, not None")
+    if isinstance(null, (int, float)): null = torch.full((), null, dtype=y.dtype, device=y.device)  # made on the device: no copy to wait for
     none = torch.as_tensor(null, dtype=y.dtype, device=y.device)
     if none.numel() != 1 and none.shape not in (y.shape, y.shape[1:]):
         raise ValueError(f"null is one value, one example {tuple(y.shape[1:])} or a batch {tuple(y.shape)}, not of shape {tuple(none.shape)}")

@@ -11,6 +11,7 @@ import os
 import time
 from pathlib import Path
 
+from .checkpoint import write_atomic
 from .core import save_images
 
 # %% ../nbs/94_loggers.ipynb #50fa0a9d
@@ -25,7 +26,8 @@ class LocalLogger:
         self.path = self.folder / "log.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_log(self.folder, raw=True) if json.loads(line)["step"] <= step] if step else []
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        if kept: self.start -= json.loads(kept[-1]).get("seconds", 0)  # the clock goes on, too
+        write_atomic(self.path, "".join(line + "\n" for line in kept).encode())
 
     def __call__(
         self,
@@ -36,7 +38,7 @@ class LocalLogger:
     ):
         line = dict(step=step, seconds=round(time.time() - self.start, 2), **scalars)
         for name, x in (images or {}).items():
-            line[name] = str(save_images(x, self.folder / "images" / f"{name}-{step:07d}.png").relative_to(self.folder))
+            line[name] = str(save_images(x, self.folder / "images" / f"{name}-{step:07d}.png").relative_to(self.folder).as_posix())
         with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps({**line, **{k: str(v) for k, v in (files or {}).items()}}) + "\n")
 
     def close(self): pass
@@ -68,7 +70,9 @@ class WandbLogger:
         import wandb
         self.wandb = wandb
         mode = mode or os.environ.get("WANDB_MODE") or ("online" if wandb_logged_in() else "offline")
+        if mode not in ("offline", "disabled") and not wandb_logged_in(): mode = "offline"  # or its client would stop and ask
         Path(run).mkdir(parents=True, exist_ok=True)
+        self.folder = Path(run)
         kw = dict(project=project, dir=str(run), config=config, reinit="create_new")
         def settings(): return wandb.Settings(silent=True, console="off", init_timeout=20, login_timeout=10)
         try: self.run = wandb.init(mode=mode, settings=settings(), **kw)
@@ -83,7 +87,9 @@ class WandbLogger:
         self.run.log({**scalars, **pictures}, step=step)
         for name, path in (files or {}).items():
             artifact = self.wandb.Artifact(name, type="model", metadata=dict(step=step, **scalars))
-            (artifact.add_dir if Path(path).is_dir() else artifact.add_file)(str(path))
+            if Path(path).is_dir(): artifact.add_dir(str(path), name=f"checkpoints/{Path(path).name}")
+            else: artifact.add_file(str(path))
+            if (self.folder / "config.json").exists(): artifact.add_file(str(self.folder / "config.json"))  # a run folder that loads
             self.run.log_artifact(artifact)
 
     def close(self): self.run.finish()

@@ -38,7 +38,7 @@ def param_config(param) -> dict:
     "What to write down of a prediction so that `make_param` finds it again."
     return getattr(param, "config", None) or dict(name=next(k for k, f in PARAMS.items() if f is param))
 
-def make_param(name: str, **kw): return edm_param(**kw) if name == "edm" else choose(name, PARAMS, "prediction")
+def make_param(name: str, **kw): return choose(name, PARAMS | dict(edm=edm_param), "prediction") if name != "edm" else edm_param(**kw)
 def make_process(name: str, **kw): return choose(name, PROCESSES, "process")(**kw)
 def make_net(name: str, **kw): return choose(name, NETS, "network")(**kw)
 
@@ -172,7 +172,7 @@ class _Stepper(_Sampler):
         self.step = self.epoch = self.batch = self.pending = self.seen = 0
         self.diverged = torch.full((), -1, device=self.device)  # first step with a bad number; read by check_finite only
         self.loss_sum = torch.zeros((), dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
-        self.history = []
+        self.history, self.warned = [], False
         return self
 
     def sample_timesteps(self, n): return self.process.sample_t(n, self.device, self.generator)
@@ -204,7 +204,9 @@ class _Stepper(_Sampler):
         if not scaling: self._flag_unless(norm.isfinite())  # a scaler deals with overflow itself
         self.scaler.step(self.opt); self.scaler.update()
         self.opt.zero_grad()
-        if scaling and self.scaler.get_scale() < scale: return  # overflow: this step did not happen
+        if scaling and (now := self.scaler.get_scale()) < scale:  # overflow: this step did not happen
+            if now < 1: self._flag_unless(torch.zeros((), dtype=torch.bool, device=self.device))  # and none will
+            return
         self.sched.step()
         self.ema.step_ema(self.ema_model, self.model, self.settings.ema_start)
         self.step += 1
@@ -278,6 +280,7 @@ def seconds_per_step(diff, settings, train=True, n=10) -> float:
 def fastest(diff, settings: Settings) -> Settings:
     "Fill in precision and memory layout by timing a few steps of each."
     names = precisions(diff.device) if settings.precision == "auto" else [settings.precision]
+    if "float16" in names and diff.device.type != "cuda": raise ValueError(f"float16 needs a GPU for its loss scaling, this is {diff.device.type}: take bfloat16 or float32")
     layouts = [False, True] if settings.channels_last is None else [settings.channels_last]
     options = [dataclasses.replace(settings, precision=p, channels_last=c) for p in names for c in layouts]
     if len(options) == 1: return options[0]
@@ -298,11 +301,15 @@ class _Trainer(_Stepper):
         settings, length = Settings(**settings), [n for n in (epochs, minutes) if n is not None]
         if len(length) != 1 and not settings.total_steps: raise ValueError("say how long to train: epochs or minutes, one of them")
         if not all(n > 0 for n in length): raise ValueError(f"train for more than {length[0]} {'minutes' if epochs is None else 'epochs'}")
-        self.dls = check_data(dls, self.shape, self.num_classes)
+        self.dls = self._name_classes(check_data(dls, self.shape, self.num_classes))
         if hasattr(dls, "to"): dls.to(self.device)
         settings = fastest(self, settings)
         if not settings.total_steps: settings = dataclasses.replace(settings, total_steps=self._total_steps(epochs, minutes, settings))
         return self._set_up(settings)
+
+    def _name_classes(self, dls):  # a model whose classes are only numbered takes the names of its data
+        if self.classes == [str(k) for k in range(self.num_classes)]: self.classes = list(getattr(dls, "classes", None) or self.classes)
+        return dls
 
     def _total_steps(self, epochs, minutes, settings):
         a_pass = len(self.dls.train) / settings.accumulate  # optimizer steps in an epoch, not always a whole number
@@ -342,7 +349,7 @@ def stop_on_signal():
     old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try: yield asked
     finally:
-        for s, h in old.items(): signal.signal(s, h)
+        for s, h in old.items(): signal.signal(s, signal.SIG_DFL if h is None else h)
 
 # %% ../nbs/08_training.ipynb #f74bc40f
 class _Run(_Trainer):
@@ -357,10 +364,15 @@ class _Run(_Trainer):
                      ema=self.ema.state_dict(), grads=[p.grad for p in self.model.parameters()] if self.pending else [],
                      generator=self.generator.get_state(), cpu_rng=torch.get_rng_state(), device=self.device.type,
                      settings=dataclasses.asdict(self.settings))
-        try: return write_checkpoint(run, self.step, dict(model=self.model.state_dict(), ema=self.ema_model.state_dict()), state)
+        try: path = write_checkpoint(run, self.step, dict(model=self.model.state_dict(), ema=self.ema_model.state_dict()), state)
         except CheckpointError as e:
             if last: raise
-            print(f"warning: {e}; training goes on")
+            with contextlib.suppress(OSError):  # what is printed may go to the same full disk
+                if not self.warned: print(f"warning: {e}; training goes on")
+            self.warned = True
+            return None
+        self.warned = False
+        return path
 
     @classmethod
     def load(
@@ -370,22 +382,28 @@ class _Run(_Trainer):
         net: nn.Module | None = None,  # needed only where the run used a network of your own
     ):  # CheckpointError names the file and what was expected
         "From a run folder to a model that samples."
-        path = Path(run)
-        path = path if path.name.startswith("step-") else newest(path) if (path / "config.json").exists() else path
-        config = read_json((path.parents[1] if path.name.startswith("step-") else path) / "config.json")["model"]
-        if net is None and config["net"] is None: raise CheckpointError(f"{run} was trained with a network of its own: pass it as net=")
-        net = net if net is not None else make_net(**config.pop("net"))
-        self = cls(**{**config, "net": net, "process": make_process(**config["process"]), "param": make_param(**config["param"])}, device=device)
+        path = Path(run).resolve()
+        folder = path.parents[1] if (path / "manifest.json").exists() else path
+        try:
+            config = dict(read_json(folder / "config.json")["model"])
+            if net is None and config["net"] is None: raise CheckpointError(f"{run} was trained with a network of its own: pass it as net=")
+            net = net if net is not None else make_net(**config["net"])
+            self = cls(**{**config, "net": net, "process": make_process(**config["process"]), "param": make_param(**config["param"])}, device=device)
+        except (KeyError, TypeError, AttributeError) as e: raise CheckpointError(f"{folder / 'config.json'} is damaged: expected the description of a model ({e})") from None
+        if path == folder: path = newest(path)
         load_weights(self.model, path, "model"); load_weights(self.ema_model, path, "ema")
         self.step = int(path.name.split("-")[1])
         return self
 
     def _resume(self, run, dls):
         path, config = newest(run), read_json(Path(run, "config.json"))
+        if not {"model", "data"} <= config.keys(): raise CheckpointError(f"{Path(run, 'config.json')} is damaged: expected 'model' and 'data'")
+        self._name_classes(dls)
         if config["model"] != self.config: raise CheckpointError(f"{Path(run, 'config.json')} describes another model: " + ", ".join(
             f"{k} is {config['model'].get(k)!r} there, {v!r} here" for k, v in self.config.items() if config["model"].get(k) != v))
         state = read_state(path)
         settings, same_device = Settings(**state["settings"]), state["device"] == self.device.type
+        if self.device.type == "cuda": same_device &= settings.precision in ("float32", *precisions(self.device))  # another kind of GPU
         load_weights(self.model, path, "model"); load_weights(self.ema_model, path, "ema")
         self.dls = check_data(dls, self.shape, self.num_classes)
         if self._data_config() != config["data"]: raise ValueError(f"{run} was trained on other data: {config['data']} then, {self._data_config()} now")
@@ -397,7 +415,7 @@ class _Run(_Trainer):
         self.loss_sum += state["loss_sum"]
         torch.set_rng_state(state["cpu_rng"])
         if same_device: self.generator.set_state(state["generator"])
-        else: self.generator.manual_seed(self.seed + self.step); print(f"was on {state['device']}, goes on on {self.device.type}: not bit for bit")
+        else: self.generator.manual_seed(self.seed + self.step); print(f"was on another device ({state['device']}), goes on on {self.device.type}: not bit for bit")
         for p, g in zip(self.model.parameters(), state["grads"]): p.grad = None if g is None else g.to(p)
 
     def _open_run(self):  # everything that can go wrong with the folder goes wrong here, before training
@@ -428,8 +446,11 @@ class Diffusion(_Run):
         if dls is None and not hasattr(self, "settings"): raise ValueError("nothing to train on: fit needs data, such as get_dls('digits')")
         again = run is not None and bool(checkpoints(run))
         if again and not resume: raise ValueError(f"{run} already holds a run: resume=True goes on with it; or choose another folder")
-        if again: self._resume(run, dls if dls is not None else self.dls)
-        elif dls is not None: self.prepare(dls, epochs, minutes, **settings)
+        if again:
+            self._resume(run, dls if dls is not None else self.dls)
+            if progress: print(f"{run} goes on at step {self.step} of {self.settings.total_steps}, with the length and the settings that it started with")
+        elif dls is not None or epochs is not None or minutes is not None or settings:
+            self.prepare(dls if dls is not None else self.dls, epochs, minutes, **settings)
         self.run, self.save_every, self.saved = run and Path(run), save_every, time.monotonic()
         if run is not None: self._open_run()
         own = loggers is None
@@ -470,7 +491,9 @@ class Diffusion(_Run):
         last = self.step >= self.settings.total_steps
         path = self.save_model(last=last)
         files = {"checkpoint": path} if path and last else None
-        images = self.log_images() if self.loggers else {}
+        due = last or time.monotonic() - getattr(self, "pictured", -math.inf) > 30  # short epochs: not a picture after each
+        images = self.log_images() if self.loggers and due else {}
+        if images: self.pictured = time.monotonic()
         for log in self.loggers: log(self.step, logs, images, files)
 
     def log_images(self) -> dict:  # name -> (N,C,H,W): one sample per class, from the weights of the moment and from their average

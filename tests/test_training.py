@@ -415,6 +415,12 @@ def test_wandb_falls_back_when_the_server_does_not_answer(tmp_path, monkeypatch,
         if mode == "online": raise TimeoutError
         return real(mode=mode, **kw)
     monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none")); monkeypatch.setenv("HOME", str(tmp_path))
+    WandbLogger(tmp_path, mode="online").close()  # online asked for without a login: the client would stop and ask
+    assert modes == ["offline"]
+    modes.clear()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     log = WandbLogger(tmp_path, mode="online")
     log(1, dict(loss=1.0)); log.close()
     assert modes == ["online", "offline"] and "does not answer" in capsys.readouterr().out
