@@ -76,7 +76,7 @@ def train(data, root, img_size, batch_size, run, minutes, epochs, resume, schedu
 @click.option("--label", multiple=True, help="Class to draw, by name or number; may be given several times [default: every class].")
 @click.option("--n", default=8, help="Images per label.")
 @click.option("--steps", default=50, help="Denoising steps.")
-@click.option("--guidance", default=3.0, help="0 ignores the label, 1 follows it, more exaggerates it.")
+@click.option("--guidance", default=2.0, help="0 ignores the label, 1 follows it, more exaggerates it.")
 @click.option("--sampler", default="euler", help="euler (DDIM), ancestral (DDPM) or heun.")
 @click.option("--out", type=click.Path(), help="PNG to write [default: RUN/samples.png].")
 @click.option("--seed", default=0, help="The same seed gives the same images.")
