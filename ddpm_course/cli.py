@@ -123,7 +123,7 @@ def info(run):
 # %% ../nbs/91_cli.ipynb #524ad118
 @main.command()
 @click.option("--run", default="runs/demo", type=click.Path(), help="Folder for the pictures and the checkpoint.")
-@click.option("--minutes", default=3.0, help="Training time.")
+@click.option("--minutes", default=2.0, help="Training time.")
 def demo(run, minutes):
     "Train on handwritten digits that come with the package, draw some, and say how many a classifier can read."
     import shutil

@@ -109,7 +109,7 @@ def classifier_for(
 ) -> Classifier:
     "A classifier for this data, trained on first use and then read from the cache."
     from safetensors.torch import load, save
-    epochs = epochs or max(3, round(150_000 / len(dls.train.labels)) if len(dls.train.labels) < 5000 else 3)
+    epochs = epochs or max(3, round(80_000 / len(dls.train.labels)) if len(dls.train.labels) < 5000 else 3)
     first = next(iter(dls.train.epoch(0)))[0]  # other data, split or size: another classifier
     key = hashlib.sha256(repr((dls.name, dls.shape, dls.num_classes, len(dls.train.labels), epochs)).encode() + first.cpu().numpy().tobytes()).hexdigest()[:12]
     if cache is False: return train_classifier(dls, epochs, device=device)

@@ -110,9 +110,9 @@ def test_mistake_15_resume_restores_optimizer_and_schedule(tmp_path):
     assert again.sched.get_last_lr() == whole.sched.get_last_lr()
 
 
-def interrupted(run, at, **kw):
+def interrupted(run, at, n=64, **kw):
     "Train until a real SIGINT arrives during optimizer step number `at`."
-    diff = tiny_diffusion().prepare(tiny_dls(), epochs=3, **{**QUICK, **kw})
+    diff = tiny_diffusion().prepare(tiny_dls(n=n), epochs=3, **{**QUICK, **kw})
     real = diff.train_step
     def step(x, y):
         losses = real(x, y)
@@ -163,8 +163,11 @@ def test_gradient_accumulation_equals_one_large_batch():
 
 
 def test_an_epoch_that_ends_inside_an_accumulation_is_resumed_exactly(tmp_path):
-    whole = tiny_diffusion().fit(tiny_dls(n=80), epochs=3, run=tmp_path / "a", progress=False, accumulate=2, **QUICK)
-    assert whole.step == whole.settings.total_steps
+    whole = tiny_diffusion().fit(tiny_dls(n=80), epochs=3, run=tmp_path / "a", progress=False, accumulate=2, **QUICK)  # 5 batches an epoch
+    for at in (2, 3, 5):
+        interrupted(tmp_path / str(at), at, n=80, accumulate=2)
+        again = tiny_diffusion().fit(tiny_dls(n=80), run=tmp_path / str(at), resume=True, progress=False)
+        assert same_weights(whole, again) and again.step == whole.settings.total_steps
 
 
 def test_gradients_are_clipped():
