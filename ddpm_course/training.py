@@ -384,13 +384,14 @@ class _Run(_Trainer):
         "From a run folder to a model that samples."
         path = Path(run).resolve()
         folder = path.parents[1] if (path / "manifest.json").exists() else path
+        written = read_json(folder / "config.json")
+        if path == folder: path = newest(path)
         try:
-            config = dict(read_json(folder / "config.json")["model"])
+            config = dict(written["model"])
             if net is None and config["net"] is None: raise CheckpointError(f"{run} was trained with a network of its own: pass it as net=")
             net = net if net is not None else make_net(**config["net"])
             self = cls(**{**config, "net": net, "process": make_process(**config["process"]), "param": make_param(**config["param"])}, device=device)
         except (KeyError, TypeError, AttributeError) as e: raise CheckpointError(f"{folder / 'config.json'} is damaged: expected the description of a model ({e})") from None
-        if path == folder: path = newest(path)
         load_weights(self.model, path, "model"); load_weights(self.ema_model, path, "ema")
         self.step = int(path.name.split("-")[1])
         return self
@@ -445,7 +446,7 @@ class Diffusion(_Run):
         "Train; Ctrl-C saves and leaves."
         if dls is None and not hasattr(self, "settings"): raise ValueError("nothing to train on: fit needs data, such as get_dls('digits')")
         again = run is not None and bool(checkpoints(run))
-        if again and not resume: raise ValueError(f"{run} already holds a run: resume=True goes on with it; or choose another folder")
+        if again and not resume: raise ValueError(f"{run} already holds a run: resume=True (--resume) goes on with it; or choose another folder")
         if again:
             self._resume(run, dls if dls is not None else self.dls)
             if progress: print(f"{run} goes on at step {self.step} of {self.settings.total_steps}, with the length and the settings that it started with")

@@ -151,6 +151,14 @@ def test_a_folder_without_a_checkpoint(tmp_path):
     sentence(lambda: Diffusion.load(tmp_path), str(tmp_path), "checkpoints/step-", error=CheckpointError)
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"model": {}}', '{"model": 3}', '{"model": {"net": {"nme": "UNet"}}}'])
+def test_settings_that_are_not_a_models(tmp_path, content):
+    tiny_diffusion().fit(tiny_dls(), epochs=1, run=tmp_path / "r", progress=False, **QUICK)
+    (tmp_path / "r/config.json").write_text(content)
+    sentence(lambda: Diffusion.load(tmp_path / "r"), "config.json is damaged", "expected", error=CheckpointError)
+    sentence(lambda: tiny_diffusion().fit(tiny_dls(), run=tmp_path / "r", resume=True, progress=False), "config.json", error=CheckpointError)
+
+
 # ---- the run folder
 @pytest.mark.skipif(os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0, reason="permissions do not bind this user")
 def test_a_read_only_folder_is_said_before_training(tmp_path):
