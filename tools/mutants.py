@@ -46,7 +46,7 @@ MUTANTS = [
     (17, "guidance makes two passes", [
         ("guidance", "denoise(torch.cat([x, x]), torch.cat([t, t]), torch.cat([none, y])).chunk(2)", "(denoise(x, t, none), denoise(x, t, y))")]),
     (17, "nothing is clipped", [("training", "clip_x0(denoise) if clip else denoise", "denoise")]),
-    (17, "EMA and schedule step when the scaler skipped", [("training", "self.scaler.get_scale() < scale", "False")]),
+    (17, "EMA and schedule step when the scaler skipped", [("training", "(now := self.scaler.get_scale()) < scale", "False")]),
     (18, "no label has no class of its own", [
         ("unet", "cond = torch.full((1,), self.num_classes, device=t.device)", "return timestep_embedding(t, self.time_dim)")]),
 ]
