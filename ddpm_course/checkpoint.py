@@ -72,7 +72,7 @@ def write_checkpoint(
     from safetensors.torch import save
     folder = Path(run, "checkpoints")
     tmp, path = folder / f".tmp-{os.getpid()}", folder / f"step-{step:09d}"
-    if path.exists(): os.utime(path); return path  # saved already: a checkpoint of a step never changes
+    if path.exists(): return path  # saved already: a checkpoint of a step never changes
     buffer = io.BytesIO(); torch.save(state, buffer)
     files = {f"{k}.safetensors": save({n: t.detach().contiguous() for n, t in v.items()}) for k, v in tensors.items()}
     files["state.pt"] = buffer.getvalue()

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .core import choose
+from .core import cache_folder, choose
 from .shapes import SHAPES, as_size, draw_shapes
 
 # %% ../nbs/96_files.ipynb #6f05bce8
@@ -237,8 +237,7 @@ def default_root(
     root=None,  # a folder, or None
 ) -> Path:
     "Where data sets live: `root`, else $DDPM_COURSE_DATA, else the user's cache folder."
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root or os.environ.get("DDPM_COURSE_DATA") or Path(cache, "ddpm_course")).expanduser()
+    return Path(root or os.environ.get("DDPM_COURSE_DATA") or cache_folder()).expanduser()
 
 @contextmanager
 def patience(

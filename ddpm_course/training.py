@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import __version__
 from .checkpoint import (CheckpointError, check_writable, checkpoints, load_weights, newest, read_json, read_state,
                                     write_checkpoint, write_json)
-from .core import choose, default_device, example_generators, randn, save_images
+from .core import choose, default_device, example_generators, randn
 from .denoiser import PARAMS, Denoiser, edm_param, v_param
 from .ema import EMA
 from .guidance import cfg, drop_labels
