@@ -8,7 +8,8 @@ ARGS ?=
 
 unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lab export outputs mutants clean distclean
+NAME ?= mnist
+.PHONY: help setup demo test lab export outputs weights bench mutants clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +34,14 @@ export: $(STAMP) ## write ddpm_course/ from the notebooks and clean the notebook
 
 outputs: $(STAMP) ## run lessons to the end and store their outputs (NB="nbs/02_forward.ipynb" TIER=cpu)
 	DDPM_COURSE_TIER=$(TIER) $(PY) tools/outputs.py $(ARGS) $(NB)
+
+weights: $(STAMP) ## train a model that ships with the package anew (NAME=mnist, or "digits shapes"; classifier-mnist is its judge)
+	$(PY) tools/weights.py $(NAME)
+
+bench: $(STAMP) ## measure speed and quality beside other projects: hours (ARGS=--quick shows in minutes that it runs)
+	@$(PY) -c "import denoising_diffusion_pytorch, diffusers" 2>/dev/null || $(PY) -m pip install --quiet -e '.[bench]'
+	@for name in start_up memory train_step samplers time_to_quality; do echo "== $$name"; $(PY) benchmarks/$$name.py $(ARGS) || exit 1; done
+	@case "$(ARGS)" in *--quick*|*--out*) ;; *) $(PY) benchmarks/tables.py && echo "results in benchmarks/results, tables in README.md";; esac
 
 mutants: $(STAMP) ## put known mistakes back one by one and see a test fail
 	$(PY) tools/mutants.py $(ARGS)

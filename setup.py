@@ -54,7 +54,7 @@ setup(
     include_package_data=True,
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg.get("requirements", "").split(),
-    extras_require={"dev": cfg.get("dev_requirements", "").split()},
+    extras_require={name: cfg.get(f"{name}_requirements", "").split() for name in ("dev", "bench")},
     entry_points={"console_scripts": cfg.get("console_scripts", "").split(), "nbdev": [f"{pkg}={pkg}._modidx:d"]},
     zip_safe=False,
 )

@@ -1,126 +1,111 @@
-"""Images per second and peak memory of one training step: the source network as the source trains it, the same network
-our way, and the light configuration.  python benchmarks/train_step.py [--steps 5] [--rounds 3]
+"""Images per second, share of what a plain matmul of this machine reaches, and peak memory of one training step.
 
-Each of the three runs in its own process, in turn, for several rounds (shared machines drift); the table gives medians.
+Each row runs in a process of its own, in turn, for several rounds, since shared machines drift; the table gives medians. FLOPs are
+those of the network's forward and backward pass, counted by torch; the peak is the best of a few square matmuls in the same
+precision, measured in the same process.
+
+    python benchmarks/train_step.py [--steps 5] [--rounds 3] [--batch 32] [--size 32]
 """
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
-from datetime import date
-from pathlib import Path
 
 import torch
-from torch import nn
+from bench import Results, begin, child, markdown, measured_on, parser, short
 
-RESULTS = Path(__file__).parent / "results"
 ROWS = dict(source="source network, as the source trains it", ours="the same network, our way", light="light network, our way")
+GPU_ROWS = {"ours float32": "the same network, float32", "ours contiguous": "the same network, contiguous", "ours compiled": "the same network, compiled",
+            "light float32": "light network, float32", "light contiguous": "light network, contiguous", "light compiled": "light network, compiled"}
+SETTINGS = dict(float32=dict(precision="float32"), contiguous=dict(channels_last=False), compiled=dict(compile=True))
 
 
-class SourceAttention(nn.Module):
-    "As the source has it: nn.MultiheadAttention with its default, which returns (and so computes) the attention weights."
-    def __init__(self, channels, heads=4):
-        super().__init__()
-        self.mha, self.norm = nn.MultiheadAttention(channels, heads, batch_first=True), nn.LayerNorm(channels)
-        self.mlp = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels), nn.GELU(), nn.Linear(channels, channels))
-
-    def forward(self, x):
-        B, C, H, W = x.shape
-        tokens = x.flatten(2).transpose(1, 2)
-        normed = self.norm(tokens)
-        tokens = tokens + self.mha(normed, normed, normed)[0]
-        return (tokens + self.mlp(tokens)).transpose(1, 2).reshape(B, C, H, W)
+def source_step(x, y):
+    from source import SourceTrainer
+    trainer = SourceTrainer(x.shape[1:], 10, x.device)
+    return lambda: trainer.step(x, y), trainer.net, dict(precision="float32", channels_last=False)
 
 
-def source_step(x, y, device):
-    "float32, attention weights requested, AdamW parameter by parameter, EMA parameter by parameter, loss read every step."
-    import copy
-
-    from ddpm_course.process import DDPM
-    from ddpm_course.unet import SelfAttention, UNet_conditional
-    net = UNet_conditional(num_classes=10)
-    for modules in (net.downs_sa, net.ups_sa):
-        for i, m in enumerate(modules):
-            if isinstance(m, SelfAttention): modules[i] = SourceAttention(m.out.in_features)
-    net, process = net.to(device), DDPM().to(device)
-    ema, opt = copy.deepcopy(net).requires_grad_(False), torch.optim.AdamW(net.parameters(), lr=3e-4, foreach=False)
-    def step():
-        t = process.sample_t(len(x), device)
-        eps = torch.randn_like(x)
-        loss = (net(process.add_noise(x, t, eps), t, y) - eps).pow(2).mean()
-        opt.zero_grad(); loss.backward(); opt.step()
-        with torch.no_grad():
-            for old, new in zip(ema.parameters(), net.parameters()): old.data = old.data * 0.995 + 0.005 * new.data
-        loss.item()
-    return step
-
-
-def our_step(x, y, device, light):
+def our_step(x, y, light: bool, **settings):
     from types import SimpleNamespace
 
-    from ddpm_course.process import DDPM
     from ddpm_course.training import Diffusion
-    from ddpm_course.unet import LIGHT, UNet_conditional
-    diff = Diffusion(UNet_conditional(num_classes=10, **(LIGHT if light else {})), DDPM(), "eps", tuple(x.shape[1:]), 10, device=device)
-    data = SimpleNamespace(train=[(x, y)], valid=[], num_classes=10)
-    diff.prepare(data, total_steps=10_000)
-    step = lambda: diff.train_step(x, y)
-    step.settings = dict(precision=diff.settings.precision, channels_last=diff.settings.channels_last)
-    return step
+    from ddpm_course.unet import UNet_conditional
+    shape = tuple(x.shape[1:])
+    diff = Diffusion(None if light else UNet_conditional(shape[0], shape[0], num_classes=10), shape=shape, num_classes=10, device=x.device)
+    diff.prepare(SimpleNamespace(train=[(x, y)], valid=[], num_classes=10), total_steps=10_000, **settings)
+    return lambda: diff.train_step(x, y), diff.model.net, dict(precision=diff.settings.precision, channels_last=diff.settings.channels_last)
 
 
-def measure(which, args):
-    "One process, one row, one round: median seconds of a step."
-    from ddpm_course.core import default_device, peak_memory
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    device = default_device(args.device)
-    x, y = torch.rand(args.batch, 3, args.size, args.size, device=device) * 2 - 1, torch.arange(args.batch, device=device) % 10
-    step = source_step(x, y, device) if which == "source" else our_step(x, y, device, which == "light")
-    def timed():
-        start = time.perf_counter()
-        step()
-        if device.type == "cuda": torch.cuda.synchronize()
-        return time.perf_counter() - start
-    timed()
-    n = args.steps * (10 if which == "light" else 1)
-    seconds = statistics.median(timed() for _ in range(n))
-    print(json.dumps(dict(images_per_second=args.batch / seconds, peak_gb=peak_memory(), **getattr(step, "settings", dict(precision="float32", channels_last=False)))))
+def timed(f, device) -> float:
+    start = time.perf_counter()
+    f()
+    if device.type == "cuda": torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
-def machine():
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    cpu = Path("/proc/cpuinfo")
-    if name == "CPU" and cpu.exists(): name = next((line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")), name)
-    return name
+def flops(net, x, y) -> int:
+    "Forward and backward of the network on these images, counted by torch."
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as count: net(x, torch.full((len(x),), 500.0, device=x.device), y).sum().backward()
+    net.zero_grad()
+    return count.get_total_flops()
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__)
-    for name, default in dict(steps=5, rounds=3, batch=32, size=32, threads=2).items(): p.add_argument(f"--{name}", type=int, default=default)
-    p.add_argument("--device"); p.add_argument("--row", help=argparse.SUPPRESS)
-    args = p.parse_args()
-    if args.row: return measure(args.row, args)
-    rows = {k: [] for k in ROWS}
-    for _ in range(args.rounds):
-        for k in ROWS:
-            done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--row", k], capture_output=True, text=True)
-            if done.returncode: sys.exit(done.stderr)
-            rows[k].append(json.loads(done.stdout.splitlines()[-1]))
-    base = [r["images_per_second"] for r in rows["source"]]
-    print(f"| training step, batch {args.batch}, {args.size}x{args.size} | images/s | times the source | peak memory | precision | channels_last |\n|---|---|---|---|---|---|")
-    for k, found in rows.items():
-        ratios = [r["images_per_second"] / b for r, b in zip(found, base)]
-        last = found[-1]
-        print(f"| {ROWS[k]} | {statistics.median(r['images_per_second'] for r in found):.1f} | {statistics.median(ratios):.2f} | "
-              f"{max(r['peak_gb'] for r in found):.1f} GB | {last['precision']} | {last['channels_last']} |")
-    RESULTS.mkdir(exist_ok=True)
-    import ddpm_course
-    (RESULTS / "train_step.json").write_text(json.dumps(dict(
-        date=str(date.today()), machine=machine(), python=sys.version.split()[0], torch=torch.__version__, ddpm_course=ddpm_course.__version__,
-        settings=vars(args), rows=rows), indent=1) + "\n")
+def matmul_peak(device, dtype, patience: float = 0.5) -> float:
+    "FLOP/s of the best of a few sizes; a larger one is tried only where it will take less than `patience` seconds."
+    best = 0.0
+    for n in (512, 1024, 2048, 4096, 8192):
+        if best and 2 * n**3 / best > patience: break
+        a, b = torch.randn(2, n, n, device=device).to(dtype)
+        timed(lambda: a @ b, device)
+        best = max(best, 2 * n**3 / min(timed(lambda: a @ b, device) for _ in range(5)))
+    return best
+
+
+def measure(row: str, args) -> dict:
+    "One process, one row, one round."
+    from ddpm_course.core import peak_memory
+    net, _, variant = row.partition(" ")
+    x = torch.rand(args.batch, 3, args.size, args.size, device=args.device) * 2 - 1
+    y = torch.arange(args.batch, device=args.device) % 10
+    step, module, settings = source_step(x, y) if net == "source" else our_step(x, y, net == "light", **SETTINGS.get(variant, {}))
+    for _ in range(1 + 4 * (args.device.type == "cuda")): step()
+    repeats = args.steps * (10 if net == "light" or args.device.type == "cuda" else 1)
+    seconds, memory = statistics.median(timed(step, args.device) for _ in range(repeats)), peak_memory()
+    if variant == "compiled": module = our_step(x, y, net == "light", precision="float32", channels_last=False)[1]  # compiled code hides its operations
+    return dict(images_per_second=args.batch / seconds, flops=flops(module, x, y) / seconds, peak_memory=memory,
+                peak_flops=matmul_peak(args.device, getattr(torch, settings["precision"]), 0.01 if args.quick else 0.5), **settings)
+
+
+def table(rows: list) -> str:
+    names = ROWS | GPU_ROWS
+    base = [r["images_per_second"] for r in rows if r["row"] == "source"]
+    lines = []
+    for which in names:
+        if not (found := [r for r in rows if r["row"] == which]): continue
+        speed, last = statistics.median(r["images_per_second"] for r in found), found[-1]
+        used = [100 * r["flops"] / r["peak_flops"] for r in found if r.get("flops")]
+        lines.append([names[which], speed, base and f"{short(speed / statistics.median(base))}x" or "", f"{statistics.median(used):.0f}%" if used else "",
+                      f"{max(r['peak_memory'] for r in found):.1f} GB", last["precision"], "channels_last" if last["channels_last"] else "contiguous"])
+    size, batch = (rows[-1]["run"]["settings"][k] for k in ("size", "batch"))
+    peaks = [f"{short(r['peak_flops'] / 1e9)} GFLOP/s in {k}" for k, r in {r["precision"]: r for r in rows if r.get("peak_flops")}.items()]
+    header = [f"training step, batch {batch}, {size}x{size}", "images per second", "times the source", "of the matmul peak", "peak memory", "precision", "layout"]
+    return f"{markdown(header, lines)}\n\n{f'A plain matmul reaches {peaks[0]}' + ''.join(f', {p}' for p in peaks[1:]) + '. ' if peaks else ''}{measured_on(rows)}"
+
+
+def main(argv=None):
+    p = parser(__doc__, steps=5, rounds=3, batch=32, size=32)
+    p.add_argument("--only", nargs="+", choices=[*ROWS, *GPU_ROWS], metavar="ROW", help=f"some of {', '.join(ROWS)}; on a GPU also {', '.join(GPU_ROWS)}")
+    p.add_argument("--row", choices=[*ROWS, *GPU_ROWS], help=argparse.SUPPRESS)
+    args = begin(p.parse_args(argv))
+    if args.row: return print(json.dumps(measure(args.row, args)))
+    if args.quick: args.steps, args.rounds, args.batch, args.size = 1, 1, 2, 16
+    results = Results("train_step", args, ("row", "round"))
+    for n in range(args.rounds):
+        for row in args.only or ROWS | (GPU_ROWS if args.device.type == "cuda" else {}):
+            results.add(row=row, round=n, **child(__file__, args, "--row", row, "--steps", args.steps, "--batch", args.batch, "--size", args.size))
+    print(table(results.rows), results.path, sep="\n\n")
 
 
 if __name__ == "__main__": main()

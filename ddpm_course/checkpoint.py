@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['CheckpointError', 'write_atomic', 'write_json', 'read_json', 'checkpoints', 'write_checkpoint', 'verified',
-           'read_tensors', 'read_state', 'newest', 'load_weights', 'check_writable']
+           'read_tensors', 'read_state', 'damage', 'newest', 'newest_whole', 'fit_weights', 'load_weights',
+           'check_writable', 'stop_on_signal']
 
 # %% ../nbs/93_checkpoint.ipynb #854d5fc9
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import torch
@@ -72,7 +76,7 @@ def write_checkpoint(
     from safetensors.torch import save
     folder = Path(run, "checkpoints")
     tmp, path = folder / f".tmp-{os.getpid()}", folder / f"step-{step:09d}"
-    if path.exists(): return path  # saved already: a checkpoint of a step never changes
+    if path.exists() and not damage(path): return path  # saved already: a checkpoint of a step never changes
     buffer = io.BytesIO(); torch.save(state, buffer)
     files = {f"{k}.safetensors": save({n: t.detach().contiguous() for n, t in v.items()}) for k, v in tensors.items()}
     files["state.pt"] = buffer.getvalue()
@@ -82,6 +86,7 @@ def write_checkpoint(
         tmp.mkdir(parents=True)
         for name, data in files.items(): write_atomic(tmp / name, data)
         write_json(tmp / "manifest.json", manifest)
+        if path.exists(): os.replace(path, path.with_name(".old-" + path.name))  # it is damaged, and the new one is complete
         os.replace(tmp, path)
         if os.name == "posix": _sync(folder)
     except OSError as e:
@@ -117,29 +122,58 @@ def read_state(path) -> dict:
     import io
     return torch.load(io.BytesIO(verified(path, "state.pt")), map_location="cpu", weights_only=True)
 
-# %% ../nbs/93_checkpoint.ipynb #4deb3690
+# %% ../nbs/93_checkpoint.ipynb #07fcc38b
+def damage(
+    path,  # a checkpoint folder
+    names=None,  # the files that matter; None: all of them
+) -> str | None:  # what is wrong with it; None: it is what was written
+    "Read a checkpoint through and compare it with its manifest."
+    try:
+        for name in names or read_json(Path(path, "manifest.json")) or ["state.pt"]: verified(path, name)
+    except CheckpointError as e: return str(e)
+
 def newest(
     run,  # run folder
 ) -> Path:  # its newest checkpoint; CheckpointError if there is none
-    "The checkpoint to go on from."
+    "The checkpoint that was written last."
     found = checkpoints(run)
     if not found: raise CheckpointError(f"{run} holds no checkpoint: expected a folder checkpoints/step-... inside")
     return found[-1]
+
+def newest_whole(
+    run,  # run folder
+    names=None,  # the files that matter; None: all of them
+) -> Path:  # CheckpointError if there is none, or if all are damaged
+    "The checkpoint to go on from: the newest that is not damaged, with a warning if that is not the newest."
+    last, wrong = newest(run), {p: damage(p, names) for p in checkpoints(run)}
+    whole = [p for p in wrong if wrong[p] is None]
+    if not whole: raise CheckpointError(wrong[last])
+    if whole[-1] != last: print(f"warning: {wrong[last]}; taking the checkpoint before it, {whole[-1].name}")
+    return whole[-1]
+
+# %% ../nbs/93_checkpoint.ipynb #4deb3690
+def fit_weights(
+    module: torch.nn.Module,  # takes the weights
+    have: dict,  # name -> tensor
+    source,  # where they come from, for the message
+):
+    "Load weights that must fit exactly; CheckpointError says what does not, and leaves the module alone."
+    want = module.state_dict()
+    odd = [k for k in [*want, *have] if k not in have or k not in want or have[k].shape != want[k].shape]
+    if odd:
+        k = odd[0]
+        shapes = [tuple(d[k].shape) if k in d else "nothing" for d in (have, want)]
+        raise CheckpointError(f"{source} is of another architecture: {len(odd)} tensors differ, "
+                              f"first {k}: {shapes[0]} in the file, {shapes[1]} expected")
+    module.load_state_dict(have)
 
 def load_weights(
     module: torch.nn.Module,  # takes the weights
     path,  # checkpoint folder
     stem: str,  # 'model' or 'ema'
 ):
-    "Load weights that must fit exactly; CheckpointError says what does not."
-    have, want = read_tensors(path, stem), module.state_dict()
-    odd = [k for k in [*want, *have] if k not in have or k not in want or have[k].shape != want[k].shape]
-    if odd:
-        k = odd[0]
-        shapes = [tuple(d[k].shape) if k in d else "nothing" for d in (have, want)]
-        raise CheckpointError(f"{Path(path, stem)}.safetensors is of another architecture: {len(odd)} tensors differ, "
-                              f"first {k}: {shapes[0]} in the file, {shapes[1]} expected")
-    module.load_state_dict(have)
+    "Load weights from a checkpoint; CheckpointError if they are damaged or do not fit."
+    fit_weights(module, read_tensors(path, stem), f"{Path(path, stem)}.safetensors")
 
 # %% ../nbs/93_checkpoint.ipynb #47cb3ba6
 def check_writable(
@@ -154,3 +188,17 @@ def check_writable(
     except OSError as e: raise OSError(e.errno, f"cannot write to the run folder ({e.strerror})", str(run)) from None
     free = shutil.disk_usage(folder).free
     if free < 3 * need: raise OSError(28, f"only {free / 2**20:.0f} MiB free, a run needs {3 * need / 2**20:.0f} MiB (two checkpoints and one being written)", str(run))
+
+# %% ../nbs/93_checkpoint.ipynb #666813da
+@contextlib.contextmanager
+def stop_on_signal():
+    "Turn Ctrl-C and SIGTERM into a flag that is read between two steps; a second Ctrl-C interrupts at once."
+    asked = threading.Event()
+    def handler(number, frame):
+        if asked.is_set(): raise KeyboardInterrupt
+        asked.set()
+    if threading.current_thread() is not threading.main_thread(): yield asked; return  # only there can signals be caught
+    old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try: yield asked
+    finally:
+        for s, h in old.items(): signal.signal(s, signal.SIG_DFL if h is None else h)

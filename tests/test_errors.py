@@ -14,8 +14,9 @@ from ddpm_course.checkpoint import CheckpointError, check_writable, checkpoints,
 from ddpm_course.cli import main
 from ddpm_course.core import default_device
 from ddpm_course.data import get_dls
+from ddpm_course.model import make_net, make_param, make_process
 from ddpm_course.process import Process
-from ddpm_course.training import Diffusion, make_net, make_param, make_process
+from ddpm_course.training import Diffusion
 
 
 def sentence(call, *words, error=ValueError):

@@ -13,7 +13,7 @@ import torch
 from common import QUICK, same_weights, tiny_diffusion, tiny_dls
 from torch import nn
 
-from ddpm_course.checkpoint import CheckpointError, checkpoints, newest, read_state
+from ddpm_course.checkpoint import CheckpointError, checkpoints, damage, newest, read_state
 from ddpm_course.ema import EMA
 from ddpm_course.loggers import LocalLogger, WandbLogger, read_log
 from ddpm_course.training import Diffusion, TrainingDiverged
@@ -355,6 +355,55 @@ def test_folder_that_cannot_be_written_is_said_before_training(tmp_path):
     with pytest.raises(OSError, match="file"): diff.fit(run=tmp_path / "file/run", progress=False)
 
 
+# ---- a damaged newest checkpoint
+def harmed(path):
+    file = path / "model.safetensors"
+    data = bytearray(file.read_bytes()); data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    return path
+
+
+def test_resume_passes_over_a_damaged_checkpoint_and_ends_with_the_same_weights(tmp_path, capsys):
+    whole = tiny_diffusion().fit(tiny_dls(), epochs=3, run=tmp_path / "a", progress=False, **QUICK)
+    tiny_diffusion().fit(tiny_dls(), epochs=3, run=tmp_path / "b", progress=False, **QUICK)
+    before, last = checkpoints(tmp_path / "b")
+    damaged = harmed(last)
+    content = {f.name: f.read_bytes() for f in before.iterdir()}
+    assert damage(last) and "model.safetensors is damaged" in damage(last)
+    again = tiny_diffusion()
+    real = again.train_step
+    def step(x, y):
+        assert {f.name: f.read_bytes() for f in before.iterdir()} == content and damaged.exists(), "nothing was deleted"
+        return real(x, y)
+    again.train_step = step
+    again.fit(tiny_dls(), run=tmp_path / "b", resume=True, progress=False)
+    said = capsys.readouterr().out
+    assert "model.safetensors is damaged" in said and before.name in said
+    assert same_weights(whole, again) and again.history == whole.history
+    assert damage(last) is None and same_weights(Diffusion.load(tmp_path / "b", device="cpu"), whole), "the damaged step was written again"
+
+
+def test_load_passes_over_a_damaged_checkpoint_with_a_warning(tmp_path, capsys):
+    tiny_diffusion().fit(tiny_dls(), epochs=2, run=tmp_path / "r", progress=False, **QUICK)
+    before, last = checkpoints(tmp_path / "r")
+    older = Diffusion.load(before, device="cpu")
+    (last / "state.pt").unlink()  # a training cannot go on from it, but samples need only the weights
+    assert Diffusion.load(tmp_path / "r", device="cpu").step == 8
+    harmed(last)
+    found = Diffusion.load(tmp_path / "r", device="cpu")
+    assert found.step == 4 and same_weights(found, older) and f"taking the checkpoint before it, {before.name}" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_a_step_is_written_again_only_if_it_is_damaged(tmp_path):
+    diff = tiny_diffusion().fit(tiny_dls(), epochs=1, run=tmp_path / "r", progress=False, **QUICK)
+    path = newest(tmp_path / "r")
+    (path / "mark").touch()  # a stranger's file goes only with the folder
+    assert diff.save_model() == path and (path / "mark").exists()
+    harmed(path)
+    assert diff.save_model() == path and not (path / "mark").exists() and damage(path) is None
+    assert checkpoints(tmp_path / "r") == [path] and not list(path.parent.glob(".*"))
+
+
 # ---- loggers
 def test_local_and_wandb_get_the_same_calls(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -385,6 +434,18 @@ def read_wandb(run):
         if record.WhichOneof("record_type") == "history":
             rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
     return rows
+
+
+def test_a_resumed_training_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ids = []
+    real = WandbLogger.__init__
+    def init(self, *args, **kw): real(self, *args, **kw); ids.append(self.run.id)
+    monkeypatch.setattr(WandbLogger, "__init__", init)
+    for run in ("r", "r", "other"):
+        tiny_diffusion().fit(tiny_dls(), epochs=1, run=tmp_path / run, resume=True, progress=False, wandb=True, **QUICK)
+    assert ids[0] == ids[1] != ids[2] and json.loads((tmp_path / "r/wandb.json").read_text())["id"] == ids[0]
+    assert {f.name for f in (tmp_path / "r").glob("wandb/offline-run-*/*.wandb")} == {f"run-{ids[0]}.wandb"}
 
 
 def test_no_prompt_and_no_wandb_when_not_logged_in(tmp_path, monkeypatch):

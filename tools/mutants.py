@@ -20,7 +20,7 @@ MUTANTS = [
     (2, "labels are dropped for the whole batch, by numpy", [
         ("guidance", "torch.rand(len(y), generator=generator, device=at) < p", "torch.tensor(__import__('numpy').random.rand() < p).expand(len(y))")]),
     (2, "labels are dropped in validation too", [
-        ("training", "in _batches(self.dls.valid, 0, 0)", "in ((x, drop_labels(y, self.p_uncond, self.null)) for x, y in _batches(self.dls.valid, 0, 0))")]),
+        ("training", "in batches_from(self.dls.valid)", "in ((x, drop_labels(y, self.p_uncond, self.null)) for x, y in batches_from(self.dls.valid))")]),
     (3, "the epoch's loss is a sum of batch means", [("training", "self.loss_sum += losses.sum()", "self.loss_sum += losses.mean()"),
                                                    ("training", "mean = float(self.loss_sum) / max(self.seen, 1)", "mean = float(self.loss_sum)")]),
     (3, "the loss keeps its graph", [("training", "losses = losses.detach()", "losses = losses * 1")]),
@@ -36,16 +36,16 @@ MUTANTS = [
     (11, "training images are stretched in the batch", [("data", "x.flip(-1), x)", "x.flip(-1), F.interpolate(x[:, :, :-1], x.shape[2:]))")]),
     (12, "image sides are not looked at", [("unet", "check_size(x.shape[2:], self.multiple)", "pass")]),
     (13, "importing loads a data set", [("training", "from . import __version__", "from . import __version__\nfrom .data import get_dls; get_dls('digits')")]),
-    (14, "the seed of the noise is ignored", [("training", "torch.Generator(self.device).manual_seed(seed)", "torch.Generator(self.device).manual_seed(0)")]),
-    (14, "the seed of the weights is ignored", [("training", "torch.manual_seed(seed)\n net", "torch.manual_seed(0)\n                net")]),
-    (14, "the device is ignored", [("training", "= default_device(device), tuple(shape)", "= default_device(), tuple(shape)")]),
+    (14, "the seed of the noise is ignored", [("model", "torch.Generator(self.device).manual_seed(seed)", "torch.Generator(self.device).manual_seed(0)")]),
+    (14, "the seed of the weights is ignored", [("model", "torch.manual_seed(seed)\n net", "torch.manual_seed(0)\n                net")]),
+    (14, "the device is ignored", [("model", "= default_device(device), tuple(shape)", "= default_device(), tuple(shape)")]),
     (15, "only the last epoch is saved", [("training", "path = self.save_model(last=last)", "path = self.save_model(last=last) if last else None")]),
     (15, "optimizer and schedule are not restored", [("training", 'for name in ("opt", "sched", "ema"', 'for name in ("ema", "ema", "ema"')]),
     (16, "attention forms its weights", [("unet", "F.scaled_dot_product_attention(q, k, v)", "(q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v")]),
-    (16, "attention at full resolution", [("unet", "attention=(1, 2)", "attention=(0, 1, 2)")]),
+    (16, "attention at full resolution", [("light_unet", "attention: tuple = (2,)", "attention: tuple = (0, 2)")]),
     (17, "guidance makes two passes", [
         ("guidance", "denoise(torch.cat([x, x]), torch.cat([t, t]), torch.cat([none, y])).chunk(2)", "(denoise(x, t, none), denoise(x, t, y))")]),
-    (17, "nothing is clipped", [("training", "clip_x0(denoise) if clip else denoise", "denoise")]),
+    (17, "nothing is clipped", [("model", "clip_x0(denoise) if clip else denoise", "denoise")]),
     (17, "EMA and schedule step when the scaler skipped", [("training", "(now := self.scaler.get_scale()) < scale", "False")]),
     (18, "no label has no class of its own", [
         ("unet", "cond = torch.full((1,), self.num_classes, device=t.device)", "return timestep_embedding(t, self.time_dim)")]),

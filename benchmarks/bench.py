@@ -1,0 +1,148 @@
+"""What the benchmarks share: their options, how a row of results is written down, and how rows become a table."""
+import argparse
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+LIBRARIES = ("torch", "torchvision", "diffusers", "denoising_diffusion_pytorch")
+
+
+def parser(doc: str, **defaults) -> argparse.ArgumentParser:
+    "The options that every benchmark has, and more whole numbers: parser(__doc__, steps=5)."
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--quick", action="store_true", help="seconds instead of minutes: shows that it runs, not how fast; writes to a temporary folder")
+    p.add_argument("--out", type=Path, help="folder for the results (benchmarks/results)")
+    p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
+    p.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+    for name, value in defaults.items():
+        p.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="%(default)s")
+    return p
+
+
+def begin(args):
+    "Device and threads as asked for; the folder for results."
+    import torch
+
+    from ddpm_course.core import default_device
+    torch.set_num_threads(args.threads)
+    if args.quick:
+        warnings.simplefilter("ignore")  # a dozen samples are too few for an FID
+    args.device = default_device(args.device)
+    if args.out is None:
+        args.out = Path(tempfile.mkdtemp(prefix="bench-")) if args.quick else RESULTS
+    return args
+
+
+def machine(device) -> str:
+    import torch
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+
+
+def commit() -> str:
+    "The commit that was measured; '+' where files of the package or the benchmarks have changed since."
+    def git(*args):
+        return subprocess.run(["git", "-C", HERE.parent, *args], capture_output=True, text=True).stdout.strip()
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "ddpm_course/*.py", "benchmarks/*.py") else "")
+    except OSError:
+        return ""
+
+
+def versions() -> dict:
+    import ddpm_course
+    found = {"python": platform.python_version(), "ddpm_course": ddpm_course.__version__}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+class Results:
+    "NAME.json (NAME-gpu.json): a list of rows, each with the circumstances in which it was measured. A row replaces the one with its key."
+    def __init__(self, name: str, args, key: tuple):
+        self.path, self.key = args.out / f"{name}{'-gpu' if args.device.type == 'cuda' else ''}.json", key
+        elsewhere = ("out", "device", "threads", "quick", "only", "lessons", "row", "case", "run")  # in the rows, or a path of this machine
+        settings = {k: v for k, v in vars(args).items() if k not in elsewhere}
+        self.run = dict(date=str(date.today()), commit=commit(), machine=machine(args.device), threads=args.threads,
+                        versions=versions(), settings=settings)
+
+    @property
+    def rows(self) -> list:
+        return load(self.path)
+
+    def add(self, **row):
+        "Saved at once: these measurements are long, and any of them may be the last."
+        from ddpm_course.checkpoint import write_atomic
+        rows = [r for r in self.rows if any(r.get(k) != row.get(k) for k in self.key)]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = ",\n ".join(json.dumps(r) for r in [*rows, row | dict(run=self.run)])
+        write_atomic(self.path, f"[\n {text}\n]\n".encode())
+        print("  " + ", ".join(f"{k} {short(v)}" for k, v in row.items() if isinstance(v, (str, int, float))), flush=True)
+
+
+def load(path) -> list:
+    return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else []
+
+
+def child(script: str, args, *more) -> dict:
+    "Run a script in a process of its own, on the same device; the last line that it prints is JSON."
+    command = [sys.executable, script, "--device", args.device, "--threads", args.threads, "--out", args.out, *["--quick"] * args.quick, *more]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode: raise SystemExit(f"{' '.join(map(str, command))} ended with {done.returncode}\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def short(x, digits: int = 3) -> str:
+    "A number as a reader wants it: few digits, no exponent."
+    if x is None:
+        return ""
+    if isinstance(x, (str, bool)):
+        return str(x)
+    if isinstance(x, int):
+        return f"{x:,}"
+    if x == 0 or not math.isfinite(x):
+        return f"{x:g}"
+    x = float(f"{x:.{digits}g}")  # rounded before its digits are counted: 9.996 is 10.0
+    return f"{x:,.{max(digits - 1 - math.floor(math.log10(abs(x))), 0)}f}"
+
+
+def over_seeds(values: list, digits: int = 3) -> str:
+    "Mean, and half the range where there are several: 12.3 ± 0.4."
+    values = [v for v in values if v is not None]
+    if len(values) < 2:
+        return short(values[0] if values else None, digits)
+    return f"{short(statistics.mean(values), digits)} ± {short((max(values) - min(values)) / 2, max(digits - 1, 1))}"
+
+
+def markdown(header: list, rows: list) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *[[short(c) for c in row] for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def measured_on(rows: list) -> str:
+    "One line: machine, threads, versions, dates of all the rows."
+    def all_of(values):
+        return ", ".join(dict.fromkeys(values))
+    runs = [r["run"] for r in rows]
+    found = [all_of(f"{r['machine']}, {r['threads']} thread{'s' * (r['threads'] > 1)}" for r in runs)]
+    for name in ("ddpm_course", *LIBRARIES):
+        if seen := all_of(r["versions"][name] for r in runs if name in r["versions"]):
+            found.append(f"{name} {seen}")
+    days = sorted({r["date"] for r in runs})
+    return f"*{', '.join(found)}; {' to '.join(dict.fromkeys([days[0], days[-1]]))}.*"

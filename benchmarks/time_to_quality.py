@@ -1,0 +1,178 @@
+"""How good are the images after a minute of training, and after five? Ours against what one would use instead.
+
+All train on the same images of MNIST (32x32) on the same machine. The clock counts what somebody waits for: reading the data,
+building the model, choosing precision and memory layout, warming up, making batches, validating. It does not count imports, and it
+stops for sampling and judging.
+Ours has a one-cycle learning rate, so every budget is a training of its own; so has the source. The other peers have a constant
+learning rate, so that one long training passes through all budgets.
+
+    python benchmarks/time_to_quality.py                                   all rows
+    python benchmarks/time_to_quality.py --only ours --budgets 60 --seeds 1     one row
+    python benchmarks/time_to_quality.py --only diffusers --until-quality  goes on to 30 minutes, or to the quality of ours at 300 s
+"""
+import statistics
+import time
+
+import torch
+from bench import Results, begin, markdown, measured_on, over_seeds, parser, short
+
+NAMES = dict(ours="ddpm_course, light network", source="the source's network, as the source trains it",
+             denoising_diffusion_pytorch="denoising_diffusion_pytorch, dim 32", diffusers="diffusers UNet2DModel 32/64/64")
+TARGET = 300  # seconds of ours that the peers are measured against
+LONG = (600, 1200, 1800)  # seconds at which a peer is looked at again
+
+
+def labels(n: int, num_classes: int): return torch.arange(n) % num_classes
+
+
+class Bench:
+    "What all rows share: data, judge, results."
+    def __init__(self, args):
+        from quality import Quality, data
+        start = time.perf_counter()
+        self.dls = data(args)
+        self.loading, self.args = 0 if args.quick else time.perf_counter() - start, args
+        self.quality = Quality(self.dls, args)
+        self.dls.to(args.device)
+        self.results = Results("time_to_quality", args, ("model", "budget", "seed", "guidance", "lr"))
+
+    def judged(self, images, asked, few: int) -> list:
+        "Quality of all samples, and of the first few of them: FIDs compare only at equal numbers."
+        return [self.quality(images[:n], None if asked is None else asked[:n]) for n in sorted({len(images), min(few, len(images))})]
+
+    def save(self, model: str, budget: int, images, asked, sampling: float, **row):
+        self.results.add(model=model, budget=budget, **row, sampling=sampling, quality=self.judged(images, asked, self.args.samples_slow))
+
+
+def timed(sample, y):
+    start = time.perf_counter()
+    images = sample(y).float().cpu()
+    return images, time.perf_counter() - start
+
+
+def ours(bench: Bench, budget: int, seed: int):
+    from ddpm_course.training import Diffusion
+    args, dls = bench.args, bench.dls
+    dls.train.batch_size = 32
+    start = time.perf_counter() - bench.loading
+    diff = Diffusion(shape=dls.shape, num_classes=dls.num_classes, device=args.device, seed=seed)
+    diff.prepare(dls, minutes=budget / 60)  # chooses precision and layout, times a step
+    found, left = diff.settings, 1 - (time.perf_counter() - start) / budget
+    diff.prepare(dls, precision=found.precision, channels_last=found.channels_last, total_steps=max(int(found.total_steps * left), 1))
+    diff.fit(loggers=[], progress=False)
+    if args.device.type == "cuda": torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    y = labels(args.n, dls.num_classes)
+    for scale in args.guidance:
+        images, sampling = timed(lambda y: diff.sample(y, cfg_scale=scale, n_steps=20, seed=seed), y)
+        bench.save("ours", budget, images, y, sampling, seed=seed, guidance=scale, lr=diff.settings.lr, seconds=seconds,
+                   parameters=sum(p.numel() for p in diff.model.parameters()), seen=diff.epoch * len(dls.train.labels) + diff.seen,
+                   recipe=f"one-cycle {diff.settings.lr:g}, batch 32, v, cosine, {found.precision}, {'channels_last' if found.channels_last else 'contiguous'}; Euler, 20 steps")
+
+
+def passes(train):
+    while True: yield from train
+
+
+def train(peer, batches, seconds: float, budget: float, device) -> float:
+    "Steps until the clock says `budget`; goes on where the last call stopped."
+    start = time.perf_counter() - seconds
+    while seconds < budget or not peer.seen:
+        x, y = next(batches)
+        if peer.whole: peer.at(seconds / budget)
+        peer.step(x.to(device), y.to(device))  # reads its loss, so that a GPU is waited for
+        peer.seen += len(x)
+        seconds = time.perf_counter() - start
+    return seconds
+
+
+def peer_rows(bench: Bench, name: str, budgets: list, seed: int):
+    from peers import PEERS
+    args, dls, peer = bench.args, bench.dls, None
+    y = labels(args.samples_slow, dls.num_classes)
+    for budget in budgets:
+        if peer is None or peer.whole:
+            if peer is None: PEERS[name](dls.shape, dls.num_classes, args.device)  # imports its library before the clock starts
+            torch.manual_seed(seed)
+            start = time.perf_counter() - bench.loading
+            peer = PEERS[name](dls.shape, dls.num_classes, args.device, args.lr)
+            dls.train.batch_size, batches = peer.batch, passes(dls.train)
+            seconds = time.perf_counter() - start
+        seconds = train(peer, batches, seconds, budget, args.device)
+        images, sampling = timed(peer.sample, y)
+        bench.save(name, budget, images, y if peer.conditional else None, sampling, seed=seed, guidance=None, lr=args.lr, seconds=seconds,
+                   parameters=peer.parameters(), seen=peer.seen, recipe=peer.recipe)
+        if args.until_quality and reached(rows := bench.results.rows, [r for r in rows if (r["model"], r["lr"]) == (name, args.lr)]): return
+
+
+def fid_few(row: dict, n: int): return next((q["fid_classifier"] for q in row["quality"] if q["n"] == n), None)
+
+
+def target(rows: list, n: int):
+    "FID of ours at 300 s with n samples, mean over the seeds; None if it was not measured."
+    found = [fid_few(r, n) for r in rows if r["model"] == "ours" and r["budget"] == TARGET and r["guidance"] == 2]
+    return statistics.mean(found) if found and None not in found else None
+
+
+def reached(rows: list, peer: list):
+    "Seconds after which a peer was as good as ours at 300 s, None if it was not (yet)."
+    for r in sorted(peer, key=lambda r: r["budget"]):
+        goal = target(rows, r["quality"][0]["n"])
+        if goal is not None and r["quality"][0]["fid_classifier"] <= goal: return r["budget"]
+
+
+def verdict(rows: list, name: str, lr=None) -> str:
+    peer = [r for r in rows if r["model"] == name and r["lr"] == lr]
+    if name == "ours" or target(rows, peer[0]["quality"][0]["n"]) is None: return ""
+    longest = max(r["budget"] for r in peer)
+    return f"{reached(rows, peer)} s" if reached(rows, peer) else f"not in {short(longest / 60, 2)} min" if longest >= TARGET else ""
+
+
+def table(rows: list) -> str:
+    from quality import fid_cell, floors
+    groups = {}
+    for r in sorted(rows, key=lambda r: (r["budget"], list(NAMES).index(r["model"]), -(r["guidance"] or 0))):
+        groups.setdefault((r["budget"], r["model"], r["guidance"], None if r["model"] == "ours" else r["lr"]), []).append(r)
+    lines = []
+    for (_, name, scale, lr), found in groups.items():
+        best = [r["quality"][-1] for r in found]
+        accuracy = [100 * q["accuracy"] for q in best if q["accuracy"] is not None]
+        lines.append([NAMES[name] + (f", guidance {scale:g}" if scale else "") + (f", learning rate {lr:g}" if lr else ""),
+                      short(statistics.mean(r["seconds"] for r in found)), found[0]["parameters"], int(statistics.mean(r["seen"] for r in found)),
+                      best[0]["n"], fid_cell(best, "classifier"), fid_cell(best, "random"), over_seeds(accuracy) + "%" * bool(accuracy),
+                      over_seeds([r["sampling"] * 1000 / q["n"] for r, q in zip(found, best)]), verdict(rows, name, lr)])
+    header = ["model", "seconds of training", "parameters", "images seen", "samples", "FID, classifier's features", "FID, random features",
+              "read as asked", "seconds for 1,000 samples", f"as good as ours at {TARGET} s"]
+    recipes = [f"* {NAMES[m]}: {next(r['recipe'] for r in rows if r['model'] == m)}" for m in NAMES if any(r["model"] == m for r in rows)]
+    return "\n".join([
+        markdown(header, lines), "",
+        f"FID against the test set, in brackets in units of its floor, what real images reach: {floors([q for r in rows for q in r['quality']])}. "
+        f"± is half the range over {len({r['seed'] for r in rows if r['model'] == 'ours'})} seeds of ours; the others have one seed. "
+        f"The last column compares FIDs of {min(r['quality'][0]['n'] for r in rows)} samples. {measured_on(rows)}", "", *recipes])
+
+
+def main(argv=None):
+    p = parser(__doc__, n=1000)
+    p.add_argument("--only", nargs="+", choices=list(NAMES), default=list(NAMES), metavar="MODEL", help=f"some of {', '.join(NAMES)}")
+    p.add_argument("--budgets", nargs="+", type=int, default=[60, TARGET], metavar="S", help="seconds of training (60 300)")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of ours (0 1 2); the peers have the first")
+    p.add_argument("--guidance", nargs="+", type=float, default=[2.0, 1.0], metavar="G", help="of ours (2 1)")
+    p.add_argument("--samples-slow", type=int, metavar="N", help="samples of the peers (200; on a GPU as many as of ours)")
+    p.add_argument("--lr", type=float, help="another learning rate for the peers")
+    p.add_argument("--until-quality", action="store_true", help="peers go on to 30 minutes, looked at every 10, or until they are as good as ours at 300 s")
+    args = begin(p.parse_args(argv))
+    if args.quick: args.budgets, args.seeds, args.n, args.samples_slow = [1], [0], 12, 6
+    args.samples_slow = args.samples_slow or (args.n if args.device.type == "cuda" else 200)
+    bench = Bench(args)
+    for name in args.only:
+        if name == "ours":
+            for budget in args.budgets:
+                for seed in args.seeds: ours(bench, budget, seed)
+        else:
+            from peers import PEERS
+            more = () if not args.until_quality else LONG[-1:] if PEERS[name].whole else LONG
+            peer_rows(bench, name, [*args.budgets, *more], args.seeds[0])
+    print(table(bench.results.rows), bench.results.path, sep="\n\n")
+
+
+if __name__ == "__main__": main()

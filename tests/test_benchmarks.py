@@ -1,0 +1,183 @@
+"""The benchmarks run, write what they measured, and README shows what they wrote."""
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from common import tiny_diffusion
+
+from ddpm_course.process import DDPM
+from ddpm_course.training import Diffusion
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SCRIPTS = ("start_up", "memory", "train_step", "samplers", "time_to_quality")
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    "Import a module of benchmarks/."
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    threads = torch.get_num_threads()
+    yield importlib.import_module
+    torch.set_num_threads(threads)
+    for name in (*SCRIPTS, "bench", "tables", "quality", "peers", "source"): sys.modules.pop(name, None)
+
+
+def run(bench, name: str, tmp_path, *options) -> list:
+    "A quick run; the rows that it wrote."
+    bench(name).main(["--quick", "--threads", "1", "--device", "cpu", "--out", str(tmp_path), *options])
+    return json.loads((tmp_path / f"{name}.json").read_text())
+
+
+def test_readme_shows_what_the_results_say(bench):
+    assert bench("tables").main(["--check"]) is None
+    assert set(re.findall("<!-- bench:(.*?) -->", (ROOT / "README.md").read_text(encoding="utf-8"))) >= set(SCRIPTS)
+
+
+def test_a_number_changed_by_hand_is_found_and_put_right(bench, tmp_path):
+    tables, readme = bench("tables"), tmp_path / "README.md"
+    args = ["--readme", str(readme), "--results", str(ROOT / "benchmarks/results")]
+    good = f"before\n<!-- bench:train_step -->\n{tables.table('train_step')}\n<!-- /bench -->\nafter\n"
+    readme.write_text(good.replace("| source network", "| another network"))
+    assert "+| source network" in tables.main([*args, "--check"]) and readme.read_text() != good
+    assert tables.main(args) is None and readme.read_text() == good
+
+
+def test_a_marker_without_its_end_is_an_error(bench):
+    for text in ("<!-- bench:memory -->\n", "<!-- /bench -->", "<!-- bench:memory -->\n<!-- bench:samplers -->\n<!-- /bench -->"):
+        with pytest.raises(ValueError, match="needs its"): bench("tables").filled(text)
+
+
+def test_what_was_not_measured_says_so(bench, tmp_path):
+    assert bench("tables").filled("<!-- bench:memory -->\nold\n<!-- /bench -->", tmp_path) == "<!-- bench:memory -->\n*Not measured yet.*\n<!-- /bench -->"
+
+
+@pytest.mark.parametrize("x, says", [(1234567, "1,234,567"), (1234.4, "1,230"), (12.345, "12.3"), (9.996, "10.0"), (0.012345, "0.0123"), (-0.5, "-0.500"),
+                                     (0.0, "0"), (float("nan"), "nan"), (None, ""), (True, "True"), ("a", "a")])
+def test_numbers_are_short(bench, x, says):
+    assert bench("bench").short(x) == says
+
+
+def test_seeds_are_summed_up_by_mean_and_half_range(bench):
+    over_seeds = bench("bench").over_seeds
+    assert over_seeds([1.0, 2.0, 6.0]) == "3.00 ± 2.5" and over_seeds([4.0]) == "4.00" and over_seeds([]) == over_seeds([None]) == ""
+
+
+def test_a_row_replaces_the_one_with_its_key_and_no_other(bench, tmp_path):
+    args = SimpleNamespace(out=tmp_path, device=torch.device("cpu"), threads=1, steps=3)
+    results = bench("bench").Results("r", args, ("model", "seed"))
+    for model, seed, fid in (("a", 0, 1), ("a", 1, 2), ("b", 0, 3), ("a", 1, 4)): results.add(model=model, seed=seed, fid=fid)
+    again = bench("bench").Results("r", args, ("model", "seed"))
+    assert [(r["model"], r["seed"], r["fid"]) for r in again.rows] == [("a", 0, 1), ("b", 0, 3), ("a", 1, 4)]
+    assert {"date", "commit", "machine", "threads", "versions", "settings"} == again.rows[0]["run"].keys() and again.rows[0]["run"]["settings"] == dict(steps=3)
+    assert again.rows[0]["run"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def ttq_row(model, budget, fid, seed=0, guidance=None):
+    return dict(model=model, budget=budget, seed=seed, guidance=guidance, lr=None, quality=[dict(n=200, fid_classifier=fid)])
+
+
+@pytest.mark.parametrize("fids, says", [({60: 90, 300: 50, 600: 20, 1200: 9, 1800: 8}, "1200 s"), ({60: 90, 300: 50, 1800: 20}, "not in 30 min"),
+                                        ({60: 90, 300: 50}, "not in 5.0 min"), ({60: 90}, ""), ({60: 8, 300: 20}, "60 s")])
+def test_when_a_peer_is_as_good_as_ours(bench, fids, says):
+    ttq = bench("time_to_quality")
+    ours = [ttq_row("ours", 300, fid, seed, 2) for seed, fid in enumerate((8, 9, 10))] + [ttq_row("ours", 300, 99, 0, 1), ttq_row("ours", 60, 99, 0, 2)]
+    assert ttq.verdict(ours + [ttq_row("diffusers", b, f) for b, f in fids.items()], "diffusers") == says
+
+
+def test_training_stops_by_the_clock_and_goes_on(bench):
+    ttq, shares = bench("time_to_quality"), []
+    peer = SimpleNamespace(whole=True, seen=0, at=shares.append, step=lambda x, y: None)
+    batches = iter([(torch.zeros(4, 1), torch.zeros(4))] * 10**6)
+    first = ttq.train(peer, batches, 0.02, 0.05, "cpu")
+    seen = peer.seen
+    assert first >= 0.05 and seen > 0 and seen % 4 == 0 and shares[0] == pytest.approx(0.4) and max(shares) < 1
+    assert ttq.train(peer, batches, first, 0.05, "cpu") == first and peer.seen == seen
+    assert ttq.train(peer, batches, first, first + 0.01, "cpu") > first and peer.seen > seen
+
+
+def test_the_source_drops_labels_for_the_whole_batch_and_copies_its_ema_at_first(bench, monkeypatch):
+    source = bench("source")
+    trainer = source.SourceTrainer((1, 16, 16), 3, torch.device("cpu"))
+    assert trainer.net.config == source.UNet_conditional(1, 1, num_classes=3).config
+    told = []
+    trainer.net.register_forward_pre_hook(lambda m, args: told.append(args[2]))
+    for drawn in (0.05, 0.5):
+        monkeypatch.setattr(source.random, "random", lambda: drawn)
+        trainer.step(torch.zeros(2, 1, 16, 16), torch.tensor([0, 1]))
+    assert told[0] is None and told[1].tolist() == [0, 1]
+    assert all(torch.equal(a, b) for a, b in zip(trainer.ema.parameters(), trainer.net.parameters()))
+
+
+@pytest.fixture
+def diff():
+    d = tiny_diffusion()
+    return Diffusion(d.model.net, DDPM(1000, "cosine"), "v", d.shape, d.num_classes, device="cpu")
+
+
+def same_noise(monkeypatch, diff, y, seed=0):
+    "The peers draw what diff.sample(y, seed=seed) starts from."
+    kept = {}
+    diff.sample(y, n_steps=1, seed=seed, callback=lambda **kw: kept.update(kw))
+    monkeypatch.setattr(torch, "randn", lambda *shape, **kw: kept["x"].clone())
+
+
+@pytest.mark.parametrize("n", [4, 10])
+def test_diffusers_walks_our_network_on_our_grid(diff, bench, monkeypatch, n):
+    "DDIM from the same noise gives the same images: labels, guidance, times and scales are handed over rightly."
+    samplers, y = bench("samplers"), torch.tensor([0, 1, 2, 1])
+    ours = diff.sample(y, cfg_scale=samplers.SCALE, n_steps=n, seed=0)
+    same_noise(monkeypatch, diff, y)
+    theirs = samplers.by_diffusers("DDIMScheduler", n)(diff, y)
+    assert torch.allclose(theirs, ours, atol=2e-4) and theirs.std() > 0.1
+
+
+def test_denoising_diffusion_pytorch_walks_our_network_on_our_grid(diff, bench, monkeypatch):
+    pytest.importorskip("denoising_diffusion_pytorch", reason="comes with the extra 'bench'")
+    samplers, y = bench("samplers"), torch.tensor([0, 1, 2, 1])
+    ours = diff.sample(y, cfg_scale=samplers.SCALE, n_steps=10, seed=0)
+    same_noise(monkeypatch, diff, y)
+    assert torch.allclose(samplers.by_lucidrains(10)(diff, y), ours, atol=2e-4)
+
+
+def test_quick_samplers(bench, tmp_path):
+    rows = run(bench, "samplers", tmp_path, "--only", "ours", "diffusers", "source")
+    evaluations = {(r["sampler"], r["steps"]): (r["evaluations"], r["calls"]) for r in rows}
+    assert evaluations == {("euler", 5): (5, 5), ("DDIMScheduler", 5): (5, 5), ("DPMSolverMultistepScheduler", 5): (5, 5), ("UniPCMultistepScheduler", 5): (5, 5),
+                           ("EulerDiscreteScheduler", 5): (5, 5), ("ancestral, two passes", 9): (9, 18)}
+    assert all(r["seconds"] > 0 and r["fid_classifier"] > 0 and r["floor_random"] > 0 and 0 <= r["accuracy"] <= 1 for r in rows)
+
+
+def test_quick_time_to_quality(bench, tmp_path):
+    peers = ["diffusers", *["denoising_diffusion_pytorch"] * (importlib.util.find_spec("denoising_diffusion_pytorch") is not None)]  # the extra 'bench'
+    rows = run(bench, "time_to_quality", tmp_path, "--only", "ours", *peers)
+    assert [(r["model"], r["guidance"], [q["n"] for q in r["quality"]]) for r in rows] == [
+        ("ours", 2, [6, 12]), ("ours", 1, [6, 12]), *((p, None, [6]) for p in peers)]
+    assert all(r["seen"] > 0 and r["seconds"] > 0 and r["sampling"] > 0 for r in rows)
+    assert [r["quality"][0]["accuracy"] is None for r in rows] == [r["model"] == "denoising_diffusion_pytorch" for r in rows], "it has no labels"
+
+
+def test_quick_train_step(bench, tmp_path):
+    row, = run(bench, "train_step", tmp_path, "--only", "light")
+    assert row["row"] == "light" and row["images_per_second"] > 0 and 0 < row["flops"] < 2 * row["peak_flops"]
+
+
+def test_flops_are_those_of_a_convolution(bench):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 5, 3, padding=1)
+        def forward(self, x, t, y): return self.conv(x)
+    assert bench("train_step").flops(Net(), torch.zeros(2, 3, 8, 8), None) == 2 * 2 * (2 * 8 * 8 * 5 * 3 * 9)  # forward, and the weights' gradient
+
+
+def test_quick_start_up_and_memory(bench, tmp_path):
+    row, = run(bench, "start_up", tmp_path, "--lessons")
+    assert 0 < row["ddpm_course"] < row["torch"] + 5
+    rows = run(bench, "memory", tmp_path)
+    assert [(r["net"], r["what"]) for r in rows] == [("light", "train"), ("light", "sample")] and all(r["peak"] >= r["idle"] > 0.05 for r in rows)
