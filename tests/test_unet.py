@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_course import unet
-from ddpm_course.light_unet import FiLMBlock, LightUNet
+from ddpm_course.light_unet import LightUNet
 from ddpm_course.unet import (
     DoubleConv,
     Down,
@@ -318,69 +318,6 @@ def test_down_and_up_add_the_time_to_every_pixel():
     for block, args in ((Down(4, 6, 16), (x,)), (Up(8, 6, 16), (x, torch.randn(2, 4, 8, 12)))):
         change = block(*args, emb) - block(*args, 0 * emb)
         close(change, (block.time(emb) - block.time(0 * emb))[..., None, None].expand_as(change), 1e-5)
-
-
-# ---- the light network
-
-def awake(net):
-    "As if trained: nothing is zero any more."
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in net.parameters(): p.copy_(p + 0.1 * torch.randn(p.shape, generator=g))
-    return net
-
-
-def test_a_new_film_block_is_its_shortcut_and_a_new_light_unet_predicts_zero():
-    x, emb = torch.randn(2, 8, 6, 6), torch.randn(2, 16)
-    assert torch.equal(FiLMBlock(8, 8, 16)(x, emb), x)
-    block = FiLMBlock(8, 12, 16)
-    close(block(x, emb), F.conv2d(x, block.short.weight, block.short.bias), 1e-6)
-    assert not LightUNet(1, 1, 3)(torch.randn(2, 1, 16, 16), torch.tensor([5.0, 900.0]), torch.tensor([0, 3])).any()
-
-
-def test_film_block_by_hand():
-    x, emb, block = torch.randn(2, 8, 6, 6), torch.randn(2, 16), awake(FiLMBlock(8, 8, 16))
-    h = F.conv2d(F.silu(block.first[0](x)), block.first[2].weight, block.first[2].bias, padding=1)
-    scale, shift = F.linear(emb, block.film.weight, block.film.bias)[..., None, None].split(8, dim=1)
-    h = block.first[3](h) * (1 + scale) + shift
-    close(block(x, emb), x + F.conv2d(F.silu(h), block.last[1].weight, block.last[1].bias, padding=1), 1e-5)
-
-
-@quick
-@given(st.integers(1, 3), st.integers(1, 3), st.sampled_from([None, 1, 5]), st.sampled_from([(16,), (16, 32), (32, 16, 16)]), st.integers(1, 3), st.data())
-def test_any_light_unet(h, w, num_classes, widths, patch, data):
-    attention = data.draw(st.lists(st.integers(0, len(widths) - 1), unique=True).map(tuple))
-    net = LightUNet(2, 3, num_classes, widths, attention, patch, time_dim=16)
-    assert LightUNet(**json.loads(json.dumps(net.config))).config == net.config
-    side = patch * 2 ** (len(widths) - 1)
-    assert net.multiple == side
-    x, t = torch.randn(2, 2, h * side, w * side), torch.tensor([3.0, 700.0])
-    y = None if num_classes is None else torch.tensor([0, num_classes])
-    out = awake(net)(x, t, y)
-    assert out.shape == (2, 3, h * side, w * side) and out.isfinite().all()
-    close(out[1:], net(x[1:], t[1:], None if y is None else y[1:]), 1e-4)
-
-
-def test_light_unet_hears_time_and_label_and_uses_every_weight():
-    net, x, t, y = awake(LightUNet(1, 1, 3)), torch.randn(2, 1, 16, 16), torch.tensor([10.0, 900.0]), torch.tensor([0, 2])
-    out = net(x, t, y)
-    assert not torch.allclose(out, net(x, t.flip(0), y), atol=1e-3) and not torch.allclose(out, net(x, t, y.flip(0)), atol=1e-3)
-    close(net(x, t, None), net(x, t, torch.tensor([3, 3])), 1e-5)
-    out.pow(2).sum().backward()
-    assert not [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()]
-
-
-@pytest.mark.parametrize("call, words", [
-    (lambda: LightUNet(attention=(3,)), ("[3]", "levels 0..2")),
-    (lambda: LightUNet(widths=(30, 60), attention=(0,)), ("30 channels", "4 heads")),
-    (lambda: LightUNet()(torch.zeros(1, 1, 28, 28), torch.zeros(1)), ("28 x 28", "24 x 24 and 32 x 32")),
-    (lambda: LightUNet()(torch.zeros(1, 3, 32, 32), torch.zeros(1)), ("(B,1,H,W)", "(1, 3, 32, 32)")),
-    (lambda: LightUNet(1, 1, 3)(torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.tensor([4])), ("0..2", "4")),
-    (lambda: LightUNet()(torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.tensor([0])), ("takes no labels",)),
-])
-def test_light_unet_says_what_does_not_fit(call, words):
-    with pytest.raises(ValueError) as e: call()
-    assert all(w in str(e.value) for w in words), e.value
 
 
 def test_one_time_and_one_label_serve_the_whole_batch():
