@@ -9,6 +9,9 @@ learning rate, so that one long training passes through all budgets.
     python benchmarks/time_to_quality.py                                   all rows
     python benchmarks/time_to_quality.py --only ours --budgets 60 --seeds 1     one row
     python benchmarks/time_to_quality.py --only diffusers --until-quality  goes on to 30 minutes, or to the quality of ours at 300 s
+
+Quality depends on the number of images, not on the clock. So on a machine that does not stay quiet for hours, time the peers for a
+minute each (--budgets 60), then let `--by-images --budgets 300 --until-quality` train for the images that this speed gives.
 """
 import statistics
 import time
@@ -19,6 +22,7 @@ from bench import Results, begin, markdown, measured_on, over_seeds, parser, sho
 NAMES = dict(ours="ddpm_course, light network", source="the source's network, as the source trains it",
              denoising_diffusion_pytorch="denoising_diffusion_pytorch, dim 32", diffusers="diffusers UNet2DModel 32/64/64")
 TARGET = 300  # seconds of ours that the peers are measured against
+COUNTED = "Rows of the peers beyond 60 s were trained for the images that their speed in the first 60 s gives. "
 LONG = (600, 1200, 1800)  # seconds at which a peer is looked at again
 
 
@@ -67,23 +71,31 @@ def ours(bench: Bench, budget: int, seed: int):
         images, sampling = timed(lambda y: diff.sample(y, cfg_scale=scale, n_steps=20, seed=seed), y)
         bench.save("ours", budget, images, y, sampling, seed=seed, guidance=scale, lr=diff.settings.lr, seconds=seconds,
                    parameters=sum(p.numel() for p in diff.model.parameters()), seen=diff.epoch * len(dls.train.labels) + diff.seen,
-                   recipe=f"one-cycle {diff.settings.lr:g}, batch 32, v, cosine, {found.precision}, {'channels_last' if found.channels_last else 'contiguous'}; Euler, 20 steps")
+                   recipe=f"one-cycle {diff.settings.lr:g}, batch 32, {diff.config['param']['name']}, {diff.process.config['schedule']}, {found.precision}, {'channels_last' if found.channels_last else 'contiguous'}; Euler, 20 steps")
 
 
 def passes(train):
     while True: yield from train
 
 
-def train(peer, batches, seconds: float, budget: float, device) -> float:
-    "Steps until the clock says `budget`; goes on where the last call stopped."
+def train(peer, batches, seconds: float, budget: float, device, rate: float | None = None) -> float:
+    "Steps until the clock says `budget`, or for the images that a quiet machine reaches in it; goes on where the last call stopped."
     start = time.perf_counter() - seconds
-    while seconds < budget or not peer.seen:
+    def share(): return (peer.seen / rate if rate else seconds) / budget
+    while share() < 1 or not peer.seen:
         x, y = next(batches)
-        if peer.whole: peer.at(seconds / budget)
+        if peer.whole: peer.at(share())
         peer.step(x.to(device), y.to(device))  # reads its loss, so that a GPU is waited for
         peer.seen += len(x)
         seconds = time.perf_counter() - start
     return seconds
+
+
+def quiet(rows: list, name: str, lr, budgets: list) -> tuple:
+    "Images seen per second, and seconds per sample, in a row that was timed by the clock; SystemExit if there is none."
+    row = next((r for r in rows if (r["model"], r["lr"]) == (name, lr) and r.get("by") == "clock" and r["budget"] not in budgets), None)
+    if row is None: raise SystemExit(f"--by-images needs a row of {name} at another budget, timed on a quiet machine first: --only {name} --budgets 60")
+    return row["seen"] / row["seconds"], row["sampling"] / max(q["n"] for q in row["quality"])
 
 
 def peer_rows(bench: Bench, name: str, budgets: list, seed: int):
@@ -98,10 +110,12 @@ def peer_rows(bench: Bench, name: str, budgets: list, seed: int):
             peer = PEERS[name](dls.shape, dls.num_classes, args.device, args.lr)
             dls.train.batch_size, batches = peer.batch, passes(dls.train)
             seconds = time.perf_counter() - start
-        seconds = train(peer, batches, seconds, budget, args.device)
+        rate, per_sample = quiet(bench.results.rows, name, args.lr, budgets) if args.by_images else (None, None)
+        seconds = train(peer, batches, seconds, budget, args.device, rate)
         images, sampling = timed(peer.sample, y)
+        if rate: seconds, sampling = peer.seen / rate, per_sample * len(y)
         bench.save(name, budget, images, y if peer.conditional else None, sampling, seed=seed, guidance=None, lr=args.lr, seconds=seconds,
-                   parameters=peer.parameters(), seen=peer.seen, recipe=peer.recipe)
+                   by="images" if rate else "clock", parameters=peer.parameters(), seen=peer.seen, recipe=peer.recipe)
         if args.until_quality and reached(rows := bench.results.rows, [r for r in rows if (r["model"], r["lr"]) == (name, args.lr)]): return
 
 
@@ -148,7 +162,7 @@ def table(rows: list) -> str:
         markdown(header, lines), "",
         f"FID against the test set, in brackets in units of its floor, what real images reach: {floors([q for r in rows for q in r['quality']])}. "
         f"± is half the range over {len({r['seed'] for r in rows if r['model'] == 'ours'})} seeds of ours; the others have one seed. "
-        f"The last column compares FIDs of {min(r['quality'][0]['n'] for r in rows)} samples. {measured_on(rows)}", "", *recipes])
+        f"{COUNTED if any(r.get('by') == 'images' for r in rows) else ''}The last column compares FIDs of {min(r['quality'][0]['n'] for r in rows)} samples. {measured_on(rows)}", "", *recipes])
 
 
 def main(argv=None):
@@ -160,6 +174,7 @@ def main(argv=None):
     p.add_argument("--samples-slow", type=int, metavar="N", help="samples of the peers (200; on a GPU as many as of ours)")
     p.add_argument("--lr", type=float, help="another learning rate for the peers")
     p.add_argument("--until-quality", action="store_true", help="peers go on to 30 minutes, looked at every 10, or until they are as good as ours at 300 s")
+    p.add_argument("--by-images", action="store_true", help="peers train for as many images as their row at another budget says that a quiet machine reaches: for a busy one")
     args = begin(p.parse_args(argv))
     if args.quick: args.budgets, args.seeds, args.n, args.samples_slow = [1], [0], 12, 6
     args.samples_slow = args.samples_slow or (args.n if args.device.type == "cuda" else 200)

@@ -101,6 +101,17 @@ def test_training_stops_by_the_clock_and_goes_on(bench):
     assert ttq.train(peer, batches, first, first + 0.01, "cpu") > first and peer.seen > seen
 
 
+def test_training_by_images_stops_where_a_quiet_machine_would(bench):
+    ttq, shares = bench("time_to_quality"), []
+    peer = SimpleNamespace(whole=True, seen=0, at=shares.append, step=lambda x, y: None)
+    ttq.train(peer, iter([(torch.zeros(4, 1), torch.zeros(4))] * 100), 0.0, 10, "cpu", rate=6.0)
+    assert peer.seen == 60 and shares[0] == 0 and shares[-1] == pytest.approx(56 / 60)
+    row = ttq_row("diffusers", 60, 90) | dict(by="clock", seen=600, seconds=60.0, sampling=50.0)
+    assert ttq.quiet([row], "diffusers", None, [300]) == (10.0, 0.25)
+    for rows in ([], [row | dict(by="images")], [row | dict(budget=300)]):
+        with pytest.raises(SystemExit, match="by-images needs"): ttq.quiet(rows, "diffusers", None, [300])
+
+
 def test_the_source_drops_labels_for_the_whole_batch_and_copies_its_ema_at_first(bench, monkeypatch):
     source = bench("source")
     trainer = source.SourceTrainer((1, 16, 16), 3, torch.device("cpu"))
