@@ -68,10 +68,10 @@ def ours(bench: Bench, budget: int, seed: int):
     seconds = time.perf_counter() - start
     y = labels(args.n, dls.num_classes)
     for scale in args.guidance:
-        images, sampling = timed(lambda y: diff.sample(y, cfg_scale=scale, n_steps=20, seed=seed), y)
+        images, sampling = timed(lambda y: diff.sample(y, cfg_scale=scale, n_steps=20, seed=seed, precision=found.precision), y)
         bench.save("ours", budget, images, y, sampling, seed=seed, guidance=scale, lr=diff.settings.lr, seconds=seconds,
                    parameters=sum(p.numel() for p in diff.model.parameters()), seen=diff.epoch * len(dls.train.labels) + diff.seen,
-                   recipe=f"one-cycle {diff.settings.lr:g}, batch 32, {diff.config['param']['name']}, {diff.process.config['schedule']}, {found.precision}, {'channels_last' if found.channels_last else 'contiguous'}; Euler, 20 steps")
+                   recipe=f"one-cycle {diff.settings.lr:g}, batch 32, {diff.config['param']['name']}, {diff.process.config['schedule']}, {found.precision}, {'channels_last' if found.channels_last else 'contiguous'}; Euler, 20 steps, in the same precision")
 
 
 def passes(train):
@@ -170,7 +170,7 @@ def main(argv=None):
     p.add_argument("--only", nargs="+", choices=list(NAMES), default=list(NAMES), metavar="MODEL", help=f"some of {', '.join(NAMES)}")
     p.add_argument("--budgets", nargs="+", type=int, default=[60, TARGET], metavar="S", help="seconds of training (60 300)")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of ours (0 1 2); the peers have the first")
-    p.add_argument("--guidance", nargs="+", type=float, default=[2.0, 1.0], metavar="G", help="of ours (2 1)")
+    p.add_argument("--guidance", nargs="+", type=float, default=[2.0, 1.5, 1.0], metavar="G", help="of ours (2 1.5 1)")
     p.add_argument("--samples-slow", type=int, metavar="N", help="samples of the peers (200; on a GPU as many as of ours)")
     p.add_argument("--lr", type=float, help="another learning rate for the peers")
     p.add_argument("--until-quality", action="store_true", help="peers go on to 30 minutes, looked at every 10, or until they are as good as ours at 300 s")
