@@ -206,7 +206,7 @@ def shapes_dls(
     batch_size: int = 64,
     seed: int = 0,
     sizes=None,  # images in train, valid, test; None: 50,000, 2,000, 5,000
-    objects=(1, 2),  # how many objects an image may have
+    objects=(1,),  # how many objects an image may have; with two, the label names the first
 ) -> DataLoaders:
     "Drawn images, none of them stored; the splits count from numbers so far apart that they never meet."
     sets = [Shapes(n, img_size, seed, k << 40, objects) for k, n in enumerate(sizes or (50_000, 2_000, 5_000))]
@@ -241,10 +241,11 @@ def get_dls(
     channels: int | None = None,  # 1 or 3; None: as the images are
     valid: float = 0.1,  # share of train for validation, where the data has no validation part
     sizes=None,  # at most so many images in train, valid, test
+    objects=(1,),  # in an image of 'shapes'; (1, 2): one or two, and the label names the first
 ) -> DataLoaders:  # ValueError or FileNotFoundError with one sentence
     "Any of the course's data sets, or your own folder, as three splits of batches."
     check_options(name_or_path, img_size, batch_size, fit, on_bad, channels, flip, valid, sizes)
-    if name_or_path == "shapes": return shapes_dls(img_size, batch_size, seed, sizes)
+    if name_or_path == "shapes": return shapes_dls(img_size, batch_size, seed, sizes, objects)
     folder = is_path(name_or_path)
     fill, slack = (None, 1.0) if folder or name_or_path == "cifar10" else (0, 1.25)  # ink on black: pad with black
     def frame(u8): return fit_image(u8, img_size, fit, fill, slack)
