@@ -44,7 +44,7 @@ def _figure(drawn, dpi):
     plt.close(figure)
     return Image.open(file).convert("RGB")
 
-# %% ../nbs/90_widgets.ipynb #2f85483e
+# %% ../nbs/90_widgets.ipynb #6ba841f8
 _LEFT = {}  # name of a control -> settings that the learner left
 
 def shown(value) -> str:  # 0.30000000000000004 -> '0.3'
@@ -66,6 +66,7 @@ class Explore:
         self.draw, self.play, self.click, self.drawn = draw, play, click, {}
         self.settings = {k: list(v) for k, v in settings.items()}
         if not self.settings or not all(self.settings.values()): raise ValueError("give each setting its values, such as t=range(0, 1001, 50)")
+        if click and not all(isinstance(v, (int, float)) for k in click for v in self.settings.get(k, [""])): raise ValueError(f"a click chooses numbers, of two of the settings, not {click}")
         self.name = name or f"{getattr(draw, '__name__', 'draw')}({', '.join(settings)})"
         self.start = {k: v[0] for k, v in self.settings.items()} | (start or {}) | _LEFT.get(self.name, {})
         for k, v in self.start.items():
