@@ -1,0 +1,230 @@
+"""Five families of diffusion models, side by side: the same network, the same images, the same number of training steps.
+
+A family is a process (what noise does to an image), a prediction (what the network says about it) and the times at which the one
+is trained and the other sampled. All else is shared: network, loop, optimizer, seed, Euler's rule, the noise that samples start
+from. The steps are those that the network makes in --seconds, timed once, before the first training: since the network is the
+same, so is a step, and a machine that is busy for a while is unfair to nobody. Nothing is guided (--guidance 1).
+
+    python benchmarks/families.py                                     all five, MNIST, 240 seconds each
+    python benchmarks/families.py --only flow edm --seconds 60         two of them, in a minute each
+    python benchmarks/families.py --picture assets/families.png        also the five side by side, a row each, from the same noise
+    python benchmarks/families.py --data cifar10 --device cuda         on a GPU
+
+Trained models are kept in --runs, and found there when the script is run again: the numbers can be measured anew without training.
+"""
+import ast
+import inspect
+import io
+import json
+import statistics
+import sys
+import textwrap
+import time
+import tokenize
+from pathlib import Path
+
+import torch
+from bench import HERE, Results, begin, markdown, measured_on, over_seeds, parser
+
+NAMES = dict(ddpm="DDPM, cosine schedule", vp="VP, the SDE of DDPM", ve="VE, the SDE of NCSN", edm="EDM", flow="flow matching")
+SETTINGS = dict(ddpm=dict(schedule="cosine"))  # of the process, where the default is not what one would train
+PREDICT = dict(ddpm="x0", vp="v", ve="edm", edm="edm", flow="velocity")  # what each is at its best with, of what it can carry
+SAYS = dict(x0="the clean image", v="v = alpha eps - sigma x0", edm="EDM's mix of image and noise", velocity="the velocity eps - x0")
+ELSEWHERE = ("runs", "picture")  # paths of this machine
+
+
+# ---- what a family costs in code
+def code_lines(thing) -> int:
+    "Lines of a class or function that hold code: no docstrings, no comments, no blank lines."
+    source = textwrap.dedent(inspect.getsource(thing))
+    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(n) is not None]
+    docs = {(n.body[0].lineno, n.body[0].col_offset) for n in nodes}
+    nothing = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type not in nothing and t.start not in docs]
+    return len({line for t in tokens for line in range(t.start[0], t.end[0] + 1)})
+
+
+def family_lines(family: str) -> tuple:
+    "Lines of the process (its class, and the functions of its module that it calls), lines of the prediction."
+    from ddpm_course.denoiser import PARAMS, edm_param
+    from ddpm_course.model import make_process
+    cls = type(make_process(family))
+    module, used = sys.modules[cls.__module__], {n.id for n in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(cls)))) if isinstance(n, ast.Name)}
+    helpers = [f for k in sorted(used) if inspect.isfunction(f := getattr(module, k, None)) and f.__module__ == cls.__module__]
+    return code_lines(cls) + sum(map(code_lines, helpers)), code_lines((PARAMS | dict(edm=edm_param))[PREDICT[family]])
+
+
+# ---- training
+class Bench:
+    "What all families share: data, judge, results, the recipe."
+    def __init__(self, args):
+        from quality import Quality, data
+        self.args, self.dls = args, data(args)
+        self.quality, self.dls.train.batch_size = Quality(self.dls, args), 32
+        self.dls.to(args.device)
+        self.results = Results("families", args, ("data", "family", "predict", "budget", "seed", "guidance", "evaluations"))
+        for name in ELSEWHERE: self.results.run["settings"].pop(name, None)
+        self.recipe = self.earlier() or self.timed()
+
+    def earlier(self):
+        "The recipe of the families that were measured before with this budget, so that those that are added get the same."
+        args, found = self.args, (r for r in self.results.rows if r.get("recipe"))
+        return next((r["recipe"] for r in found if (r["data"], r["budget"]) == (args.data, args.seconds) and args.steps in (None, r["recipe"]["total_steps"])), None)
+
+    def timed(self) -> dict:
+        "Precision, layout and number of steps: what this network does in the budget on this machine."
+        diff = self.model("flow", 0).prepare(self.dls, minutes=self.args.seconds / 60)
+        return dict(precision=diff.settings.precision, channels_last=diff.settings.channels_last, total_steps=self.args.steps or diff.settings.total_steps)
+
+    def model(self, family: str, seed: int):
+        from ddpm_course.model import make_process
+        from ddpm_course.training import Diffusion
+        dls = self.dls
+        return Diffusion(process=make_process(family, **SETTINGS.get(family, {})), param=PREDICT[family], shape=dls.shape, num_classes=dls.num_classes,
+                         device=self.args.device, seed=seed)
+
+    def trained(self, family: str, seed: int) -> tuple:
+        "The model, and the seconds that its training took: from --runs if it is there, or it goes on where it was interrupted."
+        from ddpm_course.checkpoint import write_json
+        from ddpm_course.training import Diffusion
+        folder = self.args.runs / f"{self.args.data}-{family}-{PREDICT[family]}-{self.recipe['total_steps']}-{seed}"
+        note = folder / "trained.json"
+        if note.exists(): return Diffusion.load(folder, self.args.device), json.loads(note.read_text())
+        start = time.perf_counter()
+        diff = self.model(family, seed).fit(self.dls, run=folder, resume=True, loggers=[], progress=False, **self.recipe)
+        write_json(note, dict(seconds=time.perf_counter() - start, seen=diff.step * self.dls.train.batch_size, parameters=sum(p.numel() for p in diff.model.parameters())))
+        return diff, json.loads(note.read_text())
+
+
+# ---- numbers
+def drawn(diff, y, evaluations: int, args, precision: str, seed: int) -> tuple:
+    "Images, seconds, and how often the network was really called for each."
+    calls, start = [], time.perf_counter()
+    hook = diff.ema_model.net.register_forward_hook(lambda net, given, out: calls.append(len(given[0])))
+    try: images = diff.sample(y, n_steps=evaluations, cfg_scale=args.guidance, seed=seed, precision=precision).float().cpu()
+    finally: hook.remove()
+    doubled = 1 if args.guidance == 1 else 2  # a guided evaluation is one doubled batch
+    return images, time.perf_counter() - start, sum(calls) // (doubled * len(y))
+
+
+def covered(quality, images) -> dict:
+    "Precision and recall against as many test images, in the classifier's features."
+    from ddpm_course.evaluation import extract, precision_recall
+    n = min(len(images), len(quality.test["classifier"]))
+    found = precision_recall(extract(quality.nets["classifier"], images)[:n], quality.test["classifier"][:n], k=min(3, n - 1))
+    return dict(precision=found["precision"], recall=found["recall"])
+
+
+def bits(diff, dls, n: int, seed: int):
+    "Bits per dimension of n test images, each given its label, by the probability-flow ODE; None without lesson 15."
+    import importlib.util
+    if importlib.util.find_spec("ddpm_course.likelihood") is None: return None
+    from ddpm_course.likelihood import log_likelihood
+    g, kind = torch.Generator().manual_seed(seed), torch.float32 if diff.device.type == "mps" else torch.float64
+    images, labels = (v[:n].cpu() for v in (dls.test.images, dls.test.labels))
+    x = (images.to(kind) + torch.rand(images.shape, generator=g, dtype=kind) - 0.5) / 127.5 - 1  # one of 256 values is an interval, not a point
+    y, model = labels.to(diff.device), diff.ema_model.eval()
+    nats, _ = log_likelihood(lambda x, t: model(x, t, y), diff.process, x.to(diff.device).float())
+    return (-nats.double().mean() / (images[0].numel() * torch.log(torch.tensor(2.0, dtype=torch.float64))) + torch.log2(torch.tensor(127.5, dtype=torch.float64))).item()
+
+
+def measure(bench: Bench, family: str, seed: int):
+    "Train one family, or find it; write a row for each number of evaluations; the first images of the last one."
+    args, dls = bench.args, bench.dls
+    diff, training = bench.trained(family, seed)
+    y = torch.arange(args.n) % dls.num_classes
+    shared = dict(data=args.data, family=family, predict=PREDICT[family], budget=args.seconds, seed=seed, guidance=args.guidance,
+                  recipe=bench.recipe, training=training, lines=family_lines(family), bits=bits(diff, dls, args.bits, seed), bits_n=args.bits)
+    for evaluations in args.evaluations:
+        images, sampling, called = drawn(diff, y, evaluations, args, bench.recipe["precision"], seed)
+        assert called == evaluations, f"{family}: {called} evaluations, not {evaluations}"
+        bench.results.add(**shared, evaluations=evaluations, sampling=sampling, **bench.quality(images, y), **covered(bench.quality, images))
+    return images[: dls.num_classes]
+
+
+def real(bench: Bench):
+    "The row that says what can be reached: real training images in the place of drawn ones."
+    from ddpm_course.evaluation import test_accuracy
+    args, quality = bench.args, bench.quality
+    pick = torch.randperm(len(quality.train), generator=torch.Generator().manual_seed(0))[: args.n].to(quality.train.device)
+    bench.results.add(data=args.data, family="real", predict=None, budget=args.seconds, seed=0, guidance=args.guidance, evaluations=None, n=args.n,
+                      **{f"{k}_{s}": v for k in ("fid", "floor") for s, v in quality.floor(args.n).items()}, **covered(quality, quality.train[pick]),
+                      accuracy=test_accuracy(quality.judge, bench.dls))
+
+
+# ---- what is shown
+def draw(rows: list, path: Path):
+    "A row of images per family, in grey where they are, as small as a PNG can be."
+    from PIL import Image
+
+    from ddpm_course.core import grid
+    g = grid(torch.cat(rows), len(rows[0]))
+    grey = rows[0].shape[1] == 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((g[0] if grey else g.permute(1, 2, 0)).numpy()).save(path, optimize=True)
+
+
+def mean(rows: list, key: str, scale: float = 1.0, digits: int = 3) -> str: return over_seeds([scale * r[key] for r in rows if r.get(key) is not None], digits)
+
+
+def table(rows: list) -> str:
+    return "\n\n".join((f"{data}:\n\n" if len({r["data"] for r in rows}) > 1 else "") + one_table([r for r in rows if r["data"] == data])
+                       for data in dict.fromkeys(r["data"] for r in rows))
+
+
+def one_table(rows: list) -> str:
+    from quality import fid_cell, floors
+    families, lines = [r for r in rows if r["family"] != "real"], []
+    groups = {}
+    for r in sorted(families, key=lambda r: (r["budget"], list(NAMES).index(r["family"]), r["predict"], r["guidance"], r["evaluations"])):
+        groups.setdefault((r["budget"], r["family"], r["predict"], r["guidance"]), {}).setdefault(r["evaluations"], []).append(r)
+    for (_, family, predict, _), found in groups.items():
+        for i, (evaluations, same) in enumerate(found.items()):
+            first = [NAMES[family], SAYS.get(predict, predict), " + ".join(map(str, same[0]["lines"])), mean(same, "bits")] if i == 0 else [""] * 4
+            lines.append([*first, evaluations, fid_cell(same, "classifier"), fid_cell(same, "random"), mean(same, "precision", digits=2), mean(same, "recall", digits=2),
+                          f"{mean(same, 'accuracy', 100)}%"])
+    for r in rows:
+        if r["family"] == "real":
+            lines.append(["real training images", "", "", "", "", fid_cell([r], "classifier"), fid_cell([r], "random"), mean([r], "precision", digits=2), mean([r], "recall", digits=2),
+                          f"{mean([r], 'accuracy', 100)}%"])
+    header = ["family", "the network says", "lines of code", "bits per dimension", "evaluations", "FID, classifier's features", "FID, random features", "precision", "recall", "read as asked"]
+    if all(r.get("bits") is None for r in families): header, *lines = [line[:3] + line[4:] for line in [header, *lines]]
+    return f"{markdown(header, lines)}\n\n{footnote(families, floors(families))}"
+
+
+def footnote(rows: list, floor: str) -> str:
+    first, seeds = rows[0], len({r["seed"] for r in rows})
+    steps = ", ".join(dict.fromkeys(f"{r['recipe']['total_steps']:,}" for r in rows))
+    seconds = statistics.mean(r["training"]["seconds"] for r in rows)
+    told = (f"{first['training']['parameters']:,} parameters, {steps} steps of training each ({first['training']['seen']:,} images; what was timed as {first['budget']} s, and took {seconds:.0f} s), "
+            f"{'one seed' if seeds == 1 else f'{seeds} seeds, ± half their range'}. {first['n']:,} samples by Euler's rule, one evaluation a step, on each family's own times, guidance {first['guidance']:g}, the same start noise. "
+            f"FID, precision and recall against test images; FID in brackets in units of its floor, what real images reach: {floor}. "
+            "Lines of code: process + prediction, without docstrings and comments; all else is shared. ")
+    if first.get("bits") is not None: told += f"Bits per dimension: of {first['bits_n']} test images given their labels, by the probability-flow ODE. "
+    return told + measured_on(rows)
+
+
+def main(argv=None):
+    p = parser(__doc__, n=1000, seconds=240, bits=64)
+    p.add_argument("--only", nargs="+", choices=list(NAMES), default=list(NAMES), metavar="FAMILY", help=f"some of {', '.join(NAMES)}")
+    p.add_argument("--evaluations", nargs="+", type=int, default=[10, 20, 50], metavar="N", help="of the network for a sample (10 20 50)")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="(0)")
+    p.add_argument("--steps", type=int, help="of training, in place of those that --seconds give")
+    p.add_argument("--guidance", type=float, default=1.0, help="1: none (1)")
+    p.add_argument("--data", default="mnist", help="mnist, fashion_mnist or cifar10, where they lie already (mnist)")
+    p.add_argument("--runs", type=Path, help="folder that keeps the trained models (runs/families)")
+    p.add_argument("--picture", type=Path, help="PNG to write: a row for each family, from the same start noise")
+    args = begin(p.parse_args(argv))
+    if args.quick: args.seconds, args.steps, args.n, args.evaluations, args.seeds, args.bits = 1, 3, 20, [2, 3], [0], 2
+    args.runs = args.runs or (args.out / "runs" if args.quick else HERE.parent / "runs" / "families")
+    bench, pictures = Bench(args), []
+    real(bench)
+    for family in args.only:
+        for seed in args.seeds:
+            images = measure(bench, family, seed)
+            if seed == args.seeds[0]: pictures.append(images)
+    if args.picture: draw(pictures, args.picture)
+    print(table(bench.results.rows), bench.results.path, *[args.picture] * bool(args.picture), sep="\n\n")
+
+
+if __name__ == "__main__": main()
