@@ -270,15 +270,37 @@ def test_the_rule_against_it_finds_it(line): assert asks_what_a_process_is(line)
 def test_the_rule_against_it_lets_others_be(line): assert not asks_what_a_process_is(line)
 
 
-LOOPS = {  # what only one place may have, and where
-    "walking a time grid": (r"zip\((\w+)\[:-1\],\s*\1\[1:\]\)|pairwise\(|\[i \+ 1\]", {"sampling.py": 1}),
-    "backward pass": (r"\.backward\(", {"training.py": 1, "judge.py": 1}),  # the judge is a classifier
-    "optimizer": (r"optim\.\w+\(", {"training.py": 1, "judge.py": 1}),
-    "learning rate schedule": (r"lr_scheduler\.\w+\(", {"training.py": 1, "judge.py": 1})}
+def sampling_loops(source: str) -> list:
+    "Loops over neighbours on a grid that carry something from one pair to the next: walks from noise to data."
+    found = []
+    for loop in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.For)):
+        if not re.search(r"zip\((\w+)\[:-1\], \1\[1:\]\)|pairwise\(|range\(len\((\w+)\) - 1\)", ast.unparse(loop.iter)): continue
+        uses = sorted((n for part in loop.body for n in ast.walk(part) if isinstance(n, ast.Name)), key=lambda n: (n.lineno, isinstance(n.ctx, ast.Store), n.col_offset))
+        first = {}
+        for n in uses: first.setdefault(n.id, n.ctx)  # what a line reads counts before what it writes
+        if {n.id for n in uses if isinstance(n.ctx, ast.Store)} & {k for k, how in first.items() if isinstance(how, ast.Load)}: found.append(ast.unparse(loop.iter))
+    return found
+
+
+def test_one_sampling_loop():
+    assert {name: len(found) for name, s in SOURCES.items() if (found := sampling_loops(s))} == {"sampling.py": 1}
+
+
+@pytest.mark.parametrize("walk, is_one", [
+    ("for t, s in zip(ts[:-1], ts[1:]):\n x = step(x, t, s)", True), ("for t, s in itertools.pairwise(ts):\n x += f(x, t)", True),
+    ("for i, (t, s) in enumerate(zip(ts[:-1], ts[1:])):\n t = t.expand(3)\n x, x0 = step(denoise, x, t, s)", True),
+    ("for i in range(len(ts) - 1):\n d = net(x, ts[i])\n x = x + d", True),
+    ("for t, s in zip(ts[:-1], ts[1:]):\n r = f(t, s)\n terms.append(r * 2)", False),  # a sum over levels, such as a bound, is no walk
+    ("for a, b in zip(widths, widths[1:]):\n x = f(x, a, b)", False)])
+def test_the_rule_for_loops_knows_a_walk(walk, is_one): assert bool(sampling_loops(walk)) == is_one
+
+
+LOOPS = {what: (pattern, {"training.py": 1, "judge.py": 1}) for what, pattern in {  # the judge is a classifier
+    "backward pass": r"\.backward\(", "optimizer": r"optim\.\w+\(", "learning rate schedule": r"lr_scheduler\.\w+\("}.items()}
 
 
 @pytest.mark.parametrize("what", LOOPS)
-def test_one_training_loop_and_one_sampling_loop(what):
+def test_one_training_loop(what):
     pattern, where = LOOPS[what]
     assert {name: len(re.findall(pattern, s)) for name, s in SOURCES.items() if re.search(pattern, s)} == where
 
