@@ -6,13 +6,14 @@ from. The steps are those that the network makes in --seconds, timed once, befor
 same, so is a step, and a machine that is busy for a while is unfair to nobody. Nothing is guided (--guidance 1).
 
     python benchmarks/families.py                                     all five, MNIST, 240 seconds each
-    python benchmarks/families.py --only flow edm --seconds 60         two of them, in a minute each
+    python benchmarks/families.py --only flow flow:x0 --seconds 60     one of them with two predictions, a minute each
     python benchmarks/families.py --picture assets/families.png        also the five side by side, a row each, from the same noise
     python benchmarks/families.py --data cifar10 --device cuda         on a GPU
 
 Trained models are kept in --runs, and found there when the script is run again: the numbers can be measured anew without training.
 """
 import ast
+import importlib
 import inspect
 import io
 import json
@@ -28,9 +29,17 @@ from bench import HERE, Results, begin, markdown, measured_on, over_seeds, parse
 
 NAMES = dict(ddpm="DDPM, cosine schedule", vp="VP, the SDE of DDPM", ve="VE, the SDE of NCSN", edm="EDM", flow="flow matching")
 SETTINGS = dict(ddpm=dict(schedule="cosine"))  # of the process, where the default is not what one would train
-PREDICT = dict(ddpm="x0", vp="v", ve="edm", edm="edm", flow="velocity")  # what each is at its best with, of what it can carry
-SAYS = dict(x0="the clean image", v="v = alpha eps - sigma x0", edm="EDM's mix of image and noise", velocity="the velocity eps - x0")
+SAYS = dict(x0="the clean image", edm="EDM's mix of image and noise", velocity="the velocity eps - x0")
 ELSEWHERE = ("runs", "picture")  # paths of this machine
+
+
+def chosen(name: str) -> tuple:
+    "'flow:x0' is a family and what its network predicts; 'flow' takes what `ddpm_course train --process flow` does; ValueError."
+    from ddpm_course.core import choose
+    from ddpm_course.model import check_param, make_process
+    family, _, predict = name.partition(":")
+    choose(family, NAMES, "family")
+    return family, check_param(make_process(family), predict or None)
 
 
 # ---- what a family costs in code
@@ -44,14 +53,14 @@ def code_lines(thing) -> int:
     return len({line for t in tokens for line in range(t.start[0], t.end[0] + 1)})
 
 
-def family_lines(family: str) -> tuple:
+def family_lines(family: str, predict: str) -> tuple:
     "Lines of the process (its class, and the functions of its module that it calls), lines of the prediction."
     from ddpm_course.denoiser import PARAMS, edm_param
     from ddpm_course.model import make_process
     cls = type(make_process(family))
     module, used = sys.modules[cls.__module__], {n.id for n in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(cls)))) if isinstance(n, ast.Name)}
     helpers = [f for k in sorted(used) if inspect.isfunction(f := getattr(module, k, None)) and f.__module__ == cls.__module__]
-    return code_lines(cls) + sum(map(code_lines, helpers)), code_lines((PARAMS | dict(edm=edm_param))[PREDICT[family]])
+    return code_lines(cls) + sum(map(code_lines, helpers)), code_lines((PARAMS | dict(edm=edm_param))[predict])
 
 
 # ---- training
@@ -73,25 +82,25 @@ class Bench:
 
     def timed(self) -> dict:
         "Precision, layout and number of steps: what this network does in the budget on this machine."
-        diff = self.model("flow", 0).prepare(self.dls, minutes=self.args.seconds / 60)
+        diff = self.model("flow", "velocity", 0).prepare(self.dls, minutes=self.args.seconds / 60)
         return dict(precision=diff.settings.precision, channels_last=diff.settings.channels_last, total_steps=self.args.steps or diff.settings.total_steps)
 
-    def model(self, family: str, seed: int):
+    def model(self, family: str, predict: str, seed: int):
         from ddpm_course.model import make_process
         from ddpm_course.training import Diffusion
         dls = self.dls
-        return Diffusion(process=make_process(family, **SETTINGS.get(family, {})), param=PREDICT[family], shape=dls.shape, num_classes=dls.num_classes,
+        return Diffusion(process=make_process(family, **SETTINGS.get(family, {})), param=predict, shape=dls.shape, num_classes=dls.num_classes,
                          device=self.args.device, seed=seed)
 
-    def trained(self, family: str, seed: int) -> tuple:
+    def trained(self, family: str, predict: str, seed: int) -> tuple:
         "The model, and the seconds that its training took: from --runs if it is there, or it goes on where it was interrupted."
         from ddpm_course.checkpoint import write_json
         from ddpm_course.training import Diffusion
-        folder = self.args.runs / f"{self.args.data}-{family}-{PREDICT[family]}-{self.recipe['total_steps']}-{seed}"
+        folder = self.args.runs / f"{self.args.data}-{family}-{predict}-{self.recipe['total_steps']}-{seed}"
         note = folder / "trained.json"
         if note.exists(): return Diffusion.load(folder, self.args.device), json.loads(note.read_text())
         start = time.perf_counter()
-        diff = self.model(family, seed).fit(self.dls, run=folder, resume=True, loggers=[], progress=False, **self.recipe)
+        diff = self.model(family, predict, seed).fit(self.dls, run=folder, resume=True, loggers=[], progress=False, **self.recipe)
         write_json(note, dict(seconds=time.perf_counter() - start, seen=diff.step * self.dls.train.batch_size, parameters=sum(p.numel() for p in diff.model.parameters())))
         return diff, json.loads(note.read_text())
 
@@ -115,26 +124,24 @@ def covered(quality, images) -> dict:
     return dict(precision=found["precision"], recall=found["recall"])
 
 
-def bits(diff, dls, n: int, seed: int):
-    "Bits per dimension of n test images, each given its label, by the probability-flow ODE; None without lesson 15."
-    import importlib.util
-    if importlib.util.find_spec("ddpm_course.likelihood") is None: return None
-    from ddpm_course.likelihood import log_likelihood
-    g, kind = torch.Generator().manual_seed(seed), torch.float32 if diff.device.type == "mps" else torch.float64
-    images, labels = (v[:n].cpu() for v in (dls.test.images, dls.test.labels))
-    x = (images.to(kind) + torch.rand(images.shape, generator=g, dtype=kind) - 0.5) / 127.5 - 1  # one of 256 values is an interval, not a point
-    y, model = labels.to(diff.device), diff.ema_model.eval()
-    nats, _ = log_likelihood(lambda x, t: model(x, t, y), diff.process, x.to(diff.device).float())
-    return (-nats.double().mean() / (images[0].numel() * torch.log(torch.tensor(2.0, dtype=torch.float64))) + torch.log2(torch.tensor(127.5, dtype=torch.float64))).item()
+def bits(diff, dls, n: int, evaluations: int = 100):
+    "Bits per dimension of n test images, each given its label: lesson 15's bound by the probability-flow ODE; None without that lesson."
+    from ddpm_course.core import to_float
+    try: lesson = importlib.import_module("ddpm_course.likelihood")
+    except ModuleNotFoundError: return None
+    x, y, model = to_float(dls.test.images[:n].to(diff.device)), dls.test.labels[:n].to(diff.device), diff.ema_model.eval()
+    times, g = lesson.noise_grid(diff.process, evaluations // 2), torch.Generator().manual_seed(0)
+    nats, _ = lesson.ode_bound(lambda x, t: model(x, t, y), diff.process, x, ts=times, generator=g)
+    return lesson.bits_per_dim(nats, diff.shape).mean().item()
 
 
-def measure(bench: Bench, family: str, seed: int):
+def measure(bench: Bench, family: str, predict: str, seed: int):
     "Train one family, or find it; write a row for each number of evaluations; the first images of the last one."
     args, dls = bench.args, bench.dls
-    diff, training = bench.trained(family, seed)
+    diff, training = bench.trained(family, predict, seed)
     y = torch.arange(args.n) % dls.num_classes
-    shared = dict(data=args.data, family=family, predict=PREDICT[family], budget=args.seconds, seed=seed, guidance=args.guidance,
-                  recipe=bench.recipe, training=training, lines=family_lines(family), bits=bits(diff, dls, args.bits, seed), bits_n=args.bits)
+    shared = dict(data=args.data, family=family, predict=predict, budget=args.seconds, seed=seed, guidance=args.guidance,
+                  recipe=bench.recipe, training=training, lines=family_lines(family, predict), bits=bits(diff, dls, args.bits), bits_n=args.bits)
     for evaluations in args.evaluations:
         images, sampling, called = drawn(diff, y, evaluations, args, bench.recipe["precision"], seed)
         assert called == evaluations, f"{family}: {called} evaluations, not {evaluations}"
@@ -206,7 +213,7 @@ def footnote(rows: list, floor: str) -> str:
 
 def main(argv=None):
     p = parser(__doc__, n=1000, seconds=240, bits=64)
-    p.add_argument("--only", nargs="+", choices=list(NAMES), default=list(NAMES), metavar="FAMILY", help=f"some of {', '.join(NAMES)}")
+    p.add_argument("--only", nargs="+", default=list(NAMES), metavar="FAMILY", help=f"some of {', '.join(NAMES)}; FAMILY:PREDICTION for another prediction than the usual one")
     p.add_argument("--evaluations", nargs="+", type=int, default=[10, 20, 50], metavar="N", help="of the network for a sample (10 20 50)")
     p.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="(0)")
     p.add_argument("--steps", type=int, help="of training, in place of those that --seconds give")
@@ -217,11 +224,12 @@ def main(argv=None):
     args = begin(p.parse_args(argv))
     if args.quick: args.seconds, args.steps, args.n, args.evaluations, args.seeds, args.bits = 1, 3, 20, [2, 3], [0], 2
     args.runs = args.runs or (args.out / "runs" if args.quick else HERE.parent / "runs" / "families")
+    pairs = [chosen(name) for name in args.only]  # before anything long
     bench, pictures = Bench(args), []
     real(bench)
-    for family in args.only:
+    for family, predict in pairs:
         for seed in args.seeds:
-            images = measure(bench, family, seed)
+            images = measure(bench, family, predict, seed)
             if seed == args.seeds[0]: pictures.append(images)
     if args.picture: draw(pictures, args.picture)
     print(table(bench.results.rows), bench.results.path, *[args.picture] * bool(args.picture), sep="\n\n")

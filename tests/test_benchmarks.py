@@ -11,7 +11,7 @@ import torch
 from common import tiny_diffusion
 from PIL import Image
 
-from ddpm_course.model import check_param, make_process
+from ddpm_course.model import make_process
 from ddpm_course.process import DDPM
 from ddpm_course.training import Diffusion
 
@@ -175,7 +175,8 @@ def test_quick_time_to_quality(bench, tmp_path):
     assert [r["quality"][0]["accuracy"] is None for r in rows] == [r["model"] == "denoising_diffusion_pytorch" for r in rows], "it has no labels"
 
 
-def test_quick_families(bench, tmp_path):
+def test_quick_families(bench, tmp_path, monkeypatch):
+    "Rows, table, picture; run again, the kept models are used, and a family that is added gets the same training."
     families = bench("families")
     rows = run(bench, "families", tmp_path, "--only", "ve", "flow", "--picture", str(tmp_path / "p.png"))
     real, drawn = rows[0], rows[1:]
@@ -186,25 +187,20 @@ def test_quick_families(bench, tmp_path):
     assert Image.open(tmp_path / "p.png").size == (10 * 17 + 1, 2 * 17 + 1)  # a row for each family
     table = families.table(rows)
     assert table.count("\n| ") == 2 + len(drawn) and "| flow matching | the velocity eps - x0 | " in table and "3 steps of training each (96 images" in table
-
-
-def test_families_that_are_added_later_get_the_same_training_and_kept_models_are_used(bench, tmp_path, monkeypatch):
-    families = bench("families")
-    first = run(bench, "families", tmp_path, "--only", "flow")
     def never(*args, **kw): raise AssertionError("trained again")
     with monkeypatch.context() as m:
         m.setattr(Diffusion, "fit", never)
-        again = run(bench, "families", tmp_path, "--only", "flow")
-    assert [r["fid_random"] for r in again] == pytest.approx([r["fid_random"] for r in first], rel=1e-3) and [r["training"] for r in again if "training" in r] == [r["training"] for r in first if "training" in r]
-    def earlier(**kw): return families.Bench.earlier(SimpleNamespace(args=SimpleNamespace(**dict(steps=None, data="mnist", seconds=1) | kw), results=SimpleNamespace(rows=first)))
-    assert earlier() == earlier(steps=3) == first[-1]["recipe"] and earlier(seconds=2) is earlier(steps=4) is earlier(data="cifar10") is None
+        again = [r for r in run(bench, "families", tmp_path, "--only", "flow") if r["family"] == "flow"]
+    assert [r["fid_random"] for r in again] == pytest.approx([r["fid_random"] for r in drawn[2:]], rel=1e-3) and [r["training"] for r in again] == [r["training"] for r in drawn[2:]]
+    def earlier(**kw): return families.Bench.earlier(SimpleNamespace(args=SimpleNamespace(**dict(steps=None, data="mnist", seconds=1) | kw), results=SimpleNamespace(rows=rows)))
+    assert earlier() == earlier(steps=3) == drawn[0]["recipe"] and earlier(seconds=2) is earlier(steps=4) is earlier(data="cifar10") is None
 
 
 def test_all_families_start_from_the_same_noise(bench):
     families, starts = bench("families"), []
     for name in families.NAMES:
         d = tiny_diffusion()
-        diff = Diffusion(d.model.net, make_process(name), families.PREDICT[name], d.shape, d.num_classes, device="cpu")
+        diff = Diffusion(d.model.net, make_process(name), families.chosen(name)[1], d.shape, d.num_classes, device="cpu")
         got = []
         families.drawn(diff, torch.tensor([0, 1]), 2, SimpleNamespace(guidance=1.0), "float32", 5)
         diff.sample([0, 1], n_steps=2, seed=5, callback=lambda i, x, **_: got.append(x) if i == 0 else None)
@@ -219,10 +215,12 @@ def test_evaluations_are_counted_and_a_guided_one_counts_once(bench):
         assert evaluations == 4 and images.shape == (5, 1, 8, 8)
 
 
-def test_families_predict_what_they_can_carry(bench):
+def test_families_predict_what_the_command_line_does_or_what_is_asked_for(bench):
     families = bench("families")
-    for name, predict in families.PREDICT.items(): assert check_param(make_process(name), predict) == predict and predict in families.SAYS
-    assert set(families.PREDICT) == set(families.NAMES)
+    assert [families.chosen(k) for k in families.NAMES] == [("ddpm", "x0"), ("vp", "x0"), ("ve", "edm"), ("edm", "edm"), ("flow", "velocity")]
+    assert families.chosen("flow:x0") == ("flow", "x0") and all(families.chosen(k)[1] in families.SAYS for k in families.NAMES)
+    for name, says in (("flow:eps", "divides by alpha"), ("flows", "Did you mean 'flow'"), ("ve:noise", "unknown prediction")):
+        with pytest.raises(ValueError, match=says): families.chosen(name)
 
 
 def some_code():
@@ -240,7 +238,7 @@ def some_code():
 def test_lines_of_code_are_counted_without_words(bench):
     families = bench("families")
     assert families.code_lines(some_code) == 6
-    lines = {name: families.family_lines(name) for name in families.NAMES}
+    lines = {name: families.family_lines(*families.chosen(name)) for name in families.NAMES}
     assert all(5 < process <= 40 and 2 <= prediction <= 12 for process, prediction in lines.values()), lines
     edm = make_process("edm")
     assert lines["edm"][0] > families.code_lines(type(edm)), "with the grid that it calls"
