@@ -29,8 +29,7 @@ from bench import HERE, Results, begin, markdown, measured_on, over_seeds, parse
 
 NAMES = dict(ddpm="DDPM, cosine schedule", vp="VP, the SDE of DDPM", ve="VE, the SDE of NCSN", edm="EDM", flow="flow matching")
 SETTINGS = dict(ddpm=dict(schedule="cosine"))  # of the process, where the default is not what one would train
-SAYS = dict(x0="the clean image", edm="EDM's mix of image and noise", velocity="the velocity eps - x0")
-ELSEWHERE = ("runs", "picture")  # paths of this machine
+SAYS = dict(eps="the noise", x0="the clean image", v="v = alpha eps - sigma x0", score="sigma times the score", velocity="the velocity eps - x0", edm="EDM's mix of image and noise")
 
 
 def chosen(name: str) -> tuple:
@@ -72,7 +71,6 @@ class Bench:
         self.quality, self.dls.train.batch_size = Quality(self.dls, args), 32
         self.dls.to(args.device)
         self.results = Results("families", args, ("data", "family", "predict", "budget", "seed", "guidance", "evaluations"))
-        for name in ELSEWHERE: self.results.run["settings"].pop(name, None)
         self.recipe = self.earlier() or self.timed()
 
     def earlier(self):
@@ -94,14 +92,14 @@ class Bench:
 
     def trained(self, family: str, predict: str, seed: int) -> tuple:
         "The model, and the seconds that its training took: from --runs if it is there, or it goes on where it was interrupted."
-        from ddpm_course.checkpoint import write_json
+        from ddpm_course.checkpoint import checkpoints, write_json
         from ddpm_course.training import Diffusion
         folder = self.args.runs / f"{self.args.data}-{family}-{predict}-{self.recipe['total_steps']}-{seed}"
         note = folder / "trained.json"
         if note.exists(): return Diffusion.load(folder, self.args.device), json.loads(note.read_text())
-        start = time.perf_counter()
+        start, interrupted = time.perf_counter(), bool(checkpoints(folder))
         diff = self.model(family, predict, seed).fit(self.dls, run=folder, resume=True, loggers=[], progress=False, **self.recipe)
-        write_json(note, dict(seconds=time.perf_counter() - start, seen=diff.step * self.dls.train.batch_size, parameters=sum(p.numel() for p in diff.model.parameters())))
+        write_json(note, dict(seconds=None if interrupted else time.perf_counter() - start, seen=diff.step * self.dls.train.batch_size, parameters=sum(p.numel() for p in diff.model.parameters())))
         return diff, json.loads(note.read_text())
 
 
@@ -154,7 +152,7 @@ def real(bench: Bench):
     from ddpm_course.evaluation import test_accuracy
     args, quality = bench.args, bench.quality
     pick = torch.randperm(len(quality.train), generator=torch.Generator().manual_seed(0))[: args.n].to(quality.train.device)
-    bench.results.add(data=args.data, family="real", predict=None, budget=args.seconds, seed=0, guidance=args.guidance, evaluations=None, n=args.n,
+    bench.results.add(data=args.data, family="real", predict=None, budget=None, seed=0, guidance=None, evaluations=None, n=args.n,
                       **{f"{k}_{s}": v for k in ("fid", "floor") for s, v in quality.floor(args.n).items()}, **covered(quality, quality.train[pick]),
                       accuracy=test_accuracy(quality.judge, bench.dls))
 
@@ -174,38 +172,43 @@ def draw(rows: list, path: Path):
 def mean(rows: list, key: str, scale: float = 1.0, digits: int = 3) -> str: return over_seeds([scale * r[key] for r in rows if r.get(key) is not None], digits)
 
 
+def cells(rows: list) -> list:
+    "What is measured of images, drawn or real, over the seeds."
+    from quality import fid_cell
+    return [fid_cell(rows, "classifier"), fid_cell(rows, "random"), *(mean(rows, k, digits=2) for k in ("precision", "recall")), f"{mean(rows, 'accuracy', 100)}%"]
+
+
 def table(rows: list) -> str:
-    return "\n\n".join((f"{data}:\n\n" if len({r["data"] for r in rows}) > 1 else "") + one_table([r for r in rows if r["data"] == data])
-                       for data in dict.fromkeys(r["data"] for r in rows))
-
-
-def one_table(rows: list) -> str:
-    from quality import fid_cell, floors
-    families, lines = [r for r in rows if r["family"] != "real"], []
-    groups = {}
-    for r in sorted(families, key=lambda r: (r["budget"], list(NAMES).index(r["family"]), r["predict"], r["guidance"], r["evaluations"])):
-        groups.setdefault((r["budget"], r["family"], r["predict"], r["guidance"]), {}).setdefault(r["evaluations"], []).append(r)
-    for (_, family, predict, _), found in groups.items():
-        for i, (evaluations, same) in enumerate(found.items()):
-            first = [NAMES[family], SAYS.get(predict, predict), " + ".join(map(str, same[0]["lines"])), mean(same, "bits")] if i == 0 else [""] * 4
-            lines.append([*first, evaluations, fid_cell(same, "classifier"), fid_cell(same, "random"), mean(same, "precision", digits=2), mean(same, "recall", digits=2),
-                          f"{mean(same, 'accuracy', 100)}%"])
+    "One for each data set, budget and guidance."
+    kinds = {}
     for r in rows:
-        if r["family"] == "real":
-            lines.append(["real training images", "", "", "", "", fid_cell([r], "classifier"), fid_cell([r], "random"), mean([r], "precision", digits=2), mean([r], "recall", digits=2),
-                          f"{mean([r], 'accuracy', 100)}%"])
+        if r["family"] != "real": kinds.setdefault((r["data"], r["budget"], r["guidance"]), []).append(r)
+    return "\n\n".join((f"{data}, {budget} s, guidance {scale:g}:\n\n" if len(kinds) > 1 else "") + one_table(found, [r for r in rows if (r["data"], r["family"]) == (data, "real")])
+                       for (data, budget, scale), found in sorted(kinds.items()))
+
+
+def one_table(rows: list, real: list) -> str:
+    groups, lines = {}, []
+    for r in sorted(rows, key=lambda r: (list(NAMES).index(r["family"]), r["predict"], r["evaluations"])):
+        groups.setdefault((r["family"], r["predict"]), {}).setdefault(r["evaluations"], []).append(r)
+    for (family, predict), found in groups.items():
+        for i, (evaluations, same) in enumerate(found.items()):
+            what = [NAMES[family], SAYS[predict], " + ".join(map(str, same[0]["lines"])), mean(same, "bits")]
+            lines.append([*(what if i == 0 else [""] * 4), evaluations, *cells(same)])
+    lines += [["real training images", "", "", "", "", *cells([r])] for r in real]
     header = ["family", "the network says", "lines of code", "bits per dimension", "evaluations", "FID, classifier's features", "FID, random features", "precision", "recall", "read as asked"]
-    if all(r.get("bits") is None for r in families): header, *lines = [line[:3] + line[4:] for line in [header, *lines]]
-    return f"{markdown(header, lines)}\n\n{footnote(families, floors(families))}"
+    if all(r.get("bits") is None for r in rows): header, *lines = [line[:3] + line[4:] for line in [header, *lines]]
+    return f"{markdown(header, lines)}\n\n{footnote(rows)}"
 
 
-def footnote(rows: list, floor: str) -> str:
+def footnote(rows: list) -> str:
+    from quality import floors
     first, seeds = rows[0], len({r["seed"] for r in rows})
     steps = ", ".join(dict.fromkeys(f"{r['recipe']['total_steps']:,}" for r in rows))
-    seconds = statistics.mean(r["training"]["seconds"] for r in rows)
-    told = (f"{first['training']['parameters']:,} parameters, {steps} steps of training each ({first['training']['seen']:,} images; what was timed as {first['budget']} s, and took {seconds:.0f} s), "
+    seconds = [s for r in rows if (s := r["training"]["seconds"])]
+    told = (f"{first['training']['parameters']:,} parameters, {steps} steps of training each ({first['training']['seen']:,} images; what was timed as {first['budget']} s{f', and took {statistics.mean(seconds):.0f} s' if seconds else ''}), "
             f"{'one seed' if seeds == 1 else f'{seeds} seeds, ± half their range'}. {first['n']:,} samples by Euler's rule, one evaluation a step, on each family's own times, guidance {first['guidance']:g}, the same start noise. "
-            f"FID, precision and recall against test images; FID in brackets in units of its floor, what real images reach: {floor}. "
+            f"FID, precision and recall against test images; FID in brackets in units of its floor, what real images reach: {floors(rows)}. "
             "Lines of code: process + prediction, without docstrings and comments; all else is shared. ")
     if first.get("bits") is not None: told += f"Bits per dimension: of {first['bits_n']} test images given their labels, by the probability-flow ODE. "
     return told + measured_on(rows)
