@@ -67,7 +67,7 @@ class Bench:
     "What all families share: data, judge, results, the recipe."
     def __init__(self, args):
         from quality import Quality, data
-        self.args, self.dls = args, data(args)
+        self.args, self.dls, self.budget = args, data(args), 0 if args.steps else args.seconds
         self.quality, self.dls.train.batch_size = Quality(self.dls, args), 32
         self.dls.to(args.device)
         self.results = Results("families", args, ("data", "family", "predict", "budget", "seed", "guidance", "evaluations"))
@@ -76,7 +76,7 @@ class Bench:
     def earlier(self):
         "The recipe of the families that were measured before with this budget, so that those that are added get the same."
         args, found = self.args, (r for r in self.results.rows if r.get("recipe"))
-        return next((r["recipe"] for r in found if (r["data"], r["budget"]) == (args.data, args.seconds) and args.steps in (None, r["recipe"]["total_steps"])), None)
+        return next((r["recipe"] for r in found if (r["data"], r["budget"]) == (args.data, self.budget) and args.steps in (None, r["recipe"]["total_steps"])), None)
 
     def timed(self) -> dict:
         "Precision, layout and number of steps: what this network does in the budget on this machine."
@@ -138,7 +138,7 @@ def measure(bench: Bench, family: str, predict: str, seed: int):
     args, dls = bench.args, bench.dls
     diff, training = bench.trained(family, predict, seed)
     y = torch.arange(args.n) % dls.num_classes
-    shared = dict(data=args.data, family=family, predict=predict, budget=args.seconds, seed=seed, guidance=args.guidance,
+    shared = dict(data=args.data, family=family, predict=predict, budget=bench.budget, seed=seed, guidance=args.guidance,
                   recipe=bench.recipe, training=training, lines=family_lines(family, predict), bits=bits(diff, dls, args.bits), bits_n=args.bits)
     for evaluations in args.evaluations:
         images, sampling, called = drawn(diff, y, evaluations, args, bench.recipe["precision"], seed)
@@ -152,7 +152,7 @@ def real(bench: Bench):
     from ddpm_course.evaluation import test_accuracy
     args, quality = bench.args, bench.quality
     pick = torch.randperm(len(quality.train), generator=torch.Generator().manual_seed(0))[: args.n].to(quality.train.device)
-    bench.results.add(data=args.data, family="real", predict=None, budget=None, seed=0, guidance=None, evaluations=None, n=args.n,
+    bench.results.add(data=args.data, family="real", predict=None, budget=None, seed=None, guidance=None, evaluations=None, n=args.n,
                       **{f"{k}_{s}": v for k in ("fid", "floor") for s, v in quality.floor(args.n).items()}, **covered(quality, quality.train[pick]),
                       accuracy=test_accuracy(quality.judge, bench.dls))
 
@@ -183,7 +183,7 @@ def table(rows: list) -> str:
     kinds = {}
     for r in rows:
         if r["family"] != "real": kinds.setdefault((r["data"], r["budget"], r["guidance"]), []).append(r)
-    return "\n\n".join((f"{data}, {budget} s, guidance {scale:g}:\n\n" if len(kinds) > 1 else "") + one_table(found, [r for r in rows if (r["data"], r["family"]) == (data, "real")])
+    return "\n\n".join((f"{data}, {f'{budget} s' if budget else 'steps by hand'}, guidance {scale:g}:\n\n" if len(kinds) > 1 else "") + one_table(found, [r for r in rows if (r["data"], r["family"]) == (data, "real")])
                        for (data, budget, scale), found in sorted(kinds.items()))
 
 
@@ -205,8 +205,9 @@ def footnote(rows: list) -> str:
     from quality import floors
     first, seeds = rows[0], len({r["seed"] for r in rows})
     steps = ", ".join(dict.fromkeys(f"{r['recipe']['total_steps']:,}" for r in rows))
-    seconds = [s for r in rows if (s := r["training"]["seconds"])]
-    told = (f"{first['training']['parameters']:,} parameters, {steps} steps of training each ({first['training']['seen']:,} images; what was timed as {first['budget']} s{f', and took {statistics.mean(seconds):.0f} s' if seconds else ''}), "
+    took = [s for r in rows if (s := r["training"]["seconds"])]
+    how = [f"{first['training']['seen']:,} images", *[f"timed as {first['budget']} s"] * bool(first["budget"]), *[f"{statistics.mean(took):.0f} s by the clock"] * bool(took)]
+    told = (f"{first['training']['parameters']:,} parameters, {steps} steps of training each ({', '.join(how)}), "
             f"{'one seed' if seeds == 1 else f'{seeds} seeds, ± half their range'}. {first['n']:,} samples by Euler's rule, one evaluation a step, on each family's own times, guidance {first['guidance']:g}, the same start noise. "
             f"FID, precision and recall against test images; FID in brackets in units of its floor, what real images reach: {floors(rows)}. "
             "Lines of code: process + prediction, without docstrings and comments; all else is shared. ")
@@ -219,7 +220,7 @@ def main(argv=None):
     p.add_argument("--only", nargs="+", default=list(NAMES), metavar="FAMILY", help=f"some of {', '.join(NAMES)}; FAMILY:PREDICTION for another prediction than the usual one")
     p.add_argument("--evaluations", nargs="+", type=int, default=[10, 20, 50], metavar="N", help="of the network for a sample (10 20 50)")
     p.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="(0)")
-    p.add_argument("--steps", type=int, help="of training, in place of those that --seconds give")
+    p.add_argument("--steps", type=int, help="of training, in place of those that --seconds gives")
     p.add_argument("--guidance", type=float, default=1.0, help="1: none (1)")
     p.add_argument("--data", default="mnist", help="mnist, fashion_mnist or cifar10, where they lie already (mnist)")
     p.add_argument("--runs", type=Path, help="folder that keeps the trained models (runs/families)")

@@ -192,8 +192,8 @@ def test_quick_families(bench, tmp_path, monkeypatch):
         m.setattr(Diffusion, "fit", never)
         again = [r for r in run(bench, "families", tmp_path, "--only", "flow") if r["family"] == "flow"]
     assert [r["fid_random"] for r in again] == pytest.approx([r["fid_random"] for r in drawn[2:]], rel=1e-3) and [r["training"] for r in again] == [r["training"] for r in drawn[2:]]
-    def earlier(**kw): return families.Bench.earlier(SimpleNamespace(args=SimpleNamespace(**dict(steps=None, data="mnist", seconds=1) | kw), results=SimpleNamespace(rows=rows)))
-    assert earlier() == earlier(steps=3) == drawn[0]["recipe"] and earlier(seconds=2) is earlier(steps=4) is earlier(data="cifar10") is None
+    def earlier(**kw): return families.Bench.earlier(SimpleNamespace(budget=0, args=SimpleNamespace(**dict(steps=None, data="mnist") | kw), results=SimpleNamespace(rows=rows)))
+    assert earlier() == earlier(steps=3) == drawn[0]["recipe"] and earlier(steps=4) is earlier(data="cifar10") is None
 
 
 def test_all_families_start_from_the_same_noise(bench):
