@@ -77,7 +77,7 @@ class Results:
     "NAME.json (NAME-gpu.json): a list of rows, each with the circumstances in which it was measured. A row replaces the one with its key."
     def __init__(self, name: str, args, key: tuple):
         self.path, self.key = args.out / f"{name}{'-gpu' if args.device.type == 'cuda' else ''}.json", key
-        elsewhere = ("out", "device", "threads", "quick", "only", "lessons", "row", "case", "run")  # in the rows, or a path of this machine
+        elsewhere = ("out", "device", "threads", "quick", "only", "lessons", "row", "case", "run", "runs", "picture")  # in the rows, or a path of this machine
         settings = {k: v for k, v in vars(args).items() if k not in elsewhere}
         self.run = dict(date=str(date.today()), commit=commit(), machine=machine(args.device), threads=args.threads,
                         versions=versions(), settings=settings)

@@ -8,8 +8,8 @@ from ddpm_course.evaluation import RandomFeatures, classifier_for, extract, fid,
 
 
 def data(args):
-    "MNIST at 32x32; in a quick run the digits that scikit-learn brings, at 16x16."
-    return get_dls("digits", 16) if args.quick else get_dls("mnist", 32, download=False)
+    "MNIST (or args.data) at 32x32; in a quick run the digits that scikit-learn brings, at 16x16."
+    return get_dls("digits", 16) if args.quick else get_dls(getattr(args, "data", "mnist"), 32, download=False)
 
 
 class Quality:

@@ -32,6 +32,13 @@ class Sentences(click.Group):
 def main(): "Train diffusion models on images and sample from them."
 
 # %% ../nbs/91_cli.ipynb #90151ea9
+def _process(name, schedule):
+    from ddpm_course.model import make_process
+    process = make_process(name)
+    if "schedule" in process.config: return make_process(name, schedule=schedule or "cosine")
+    if schedule: raise ValueError(f"--schedule belongs to ddpm; {name} has a curve of its own: leave --schedule out, or take --process ddpm")
+    return process
+
 @main.command()
 @click.option("--data", default="digits", help="digits, shapes, mnist, fashion_mnist, cifar10, or a folder of images (a subfolder per class, or none).")
 @click.option("--root", type=click.Path(), help="Where named data sets lie or are downloaded to [default: $DDPM_COURSE_DATA, then a cache folder].")
@@ -41,27 +48,30 @@ def main(): "Train diffusion models on images and sample from them."
 @click.option("--minutes", type=float, help="How long to train; or")
 @click.option("--epochs", type=float, help="passes over the data [default: 10 minutes].")
 @click.option("--resume", is_flag=True, help="Go on where the run in that folder stopped.")
-@click.option("--schedule", default="cosine", help="Noise schedule: linear, cosine or sigmoid.")
-@click.option("--predict", default="x0", help="What the network predicts: eps, x0, v.")
+@click.option("--process", default="ddpm", help="The way from data to noise: ddpm, ncsn, vp, sub_vp, ve, edm or flow.")
+@click.option("--schedule", help="Noise schedule of ddpm: linear, cosine or sigmoid [default: cosine].")
+@click.option("--predict", help="What the network predicts: eps, x0, v, score, velocity or edm [default: velocity with flow; edm with ncsn, ve and edm; else x0].")
 @click.option("--lr", default=2e-3, help="Highest learning rate.")
 @click.option("--network", type=click.Choice(["light", "source"]), default="light", help="The light UNet, or the 15.7 million parameters the course starts from.")
 @click.option("--precision", default="auto", help="float32, bfloat16, float16; auto measures.")
 @click.option("--device", help="cuda, mps or cpu [default: the best there is].")
 @click.option("--seed", default=0, help="Of the weights, the noise and the order of the images.")
 @click.option("--wandb/--no-wandb", default=None, help="Log to Weights & Biases (offline without a login) [default: only when logged in].")
-def train(data, root, img_size, batch_size, run, minutes, epochs, resume, schedule, predict, lr, network, precision, device, seed, wandb):
+def train(data, root, img_size, batch_size, run, minutes, epochs, resume, process, schedule, predict, lr, network, precision, device, seed, wandb):
     "Train a model; Ctrl-C saves, --resume goes on."
     from ddpm_course.core import default_device, save_images
     from ddpm_course.data import get_dls
-    from ddpm_course.process import DDPM
+    from ddpm_course.model import check_param
     from ddpm_course.training import Diffusion
     from ddpm_course.unet import UNet_conditional
     if minutes is None and epochs is None: minutes = 10.0
+    process = _process(process, schedule)
+    predict = check_param(process, predict)
     run, device = Path(run or Path("runs", Path(data).resolve().name)), default_device(device)
     dls = get_dls(data, img_size=img_size, batch_size=batch_size, root=root, seed=seed)
     net = UNet_conditional(dls.shape[0], dls.shape[0], num_classes=dls.num_classes or None) if network == "source" else None
-    diff = Diffusion(net, DDPM(schedule=schedule), predict, dls.shape, dls.num_classes, dls.classes, device=device, seed=seed)
-    click.echo(f"{dls.name}: {len(dls.train.labels):,} images {'x'.join(map(str, dls.shape))}, {dls.num_classes} classes | "
+    diff = Diffusion(net, process, predict, dls.shape, dls.num_classes, dls.classes, device=device, seed=seed)
+    click.echo(f"{dls.name}: {len(dls.train.labels):,} images {'x'.join(map(str, dls.shape))}, {dls.num_classes} classes | {process.config['name']}, predicts {predict} | "
                f"{sum(p.numel() for p in diff.model.parameters()):,} parameters | {device}")
     start = time.perf_counter()
     diff.fit(dls, epochs, minutes, run=run, resume=resume, wandb=wandb, lr=lr, precision=precision)
@@ -78,18 +88,20 @@ def train(data, root, img_size, batch_size, run, minutes, epochs, resume, schedu
 @click.option("--n", default=8, help="Images per label.")
 @click.option("--steps", default=50, help="Denoising steps.")
 @click.option("--guidance", default=2.0, help="0 ignores the label, 1 follows it, more exaggerates it.")
-@click.option("--sampler", default="euler", help="euler (DDIM), ancestral (DDPM) or heun.")
+@click.option("--sampler", default="euler", help="euler (DDIM), ancestral (DDPM), heun, langevin, euler_maruyama, predictor_corrector, churn, dpmpp_2m or unipc.")
 @click.option("--out", type=click.Path(), help="PNG to write [default: RUN/samples.png].")
 @click.option("--seed", default=0, help="The same seed gives the same images.")
 @click.option("--device", help="cuda, mps or cpu [default: the best there is].")
 @click.option("--chunk", default=256, help="Images at once; lower it if memory runs out.")
-def sample(run, label, n, steps, guidance, sampler, out, seed, device, chunk):
+@click.option("--precision", default="float32", help="Of the network: float32, bfloat16 or float16; the lower ones are faster where the hardware has them.")
+def sample(run, label, n, steps, guidance, sampler, out, seed, device, chunk, precision):
     "Draw images from a trained model into a PNG, a row per label."
     from ddpm_course.core import choose, save_images
-    from ddpm_course.sampling import STEPS
+    from ddpm_course.model import check_step, make_process
     from ddpm_course.training import Diffusion
     if n < 1: raise ValueError(f"--n is a number of images, at least 1, not {n}")
     diff = Diffusion.load(run, device)
+    step = check_step(make_process(**diff.process.config), sampler)
     names = {str(k): k for k in range(diff.num_classes)} | {c: k for k, c in enumerate(diff.classes)}
     if label and not diff.num_classes: raise ValueError(f"{run} was trained without labels: leave --label out")
     out = Path(out or Path(run, "samples.png"))
@@ -98,7 +110,7 @@ def sample(run, label, n, steps, guidance, sampler, out, seed, device, chunk):
     wanted = [choose(l, names, "label") for l in label] or list(range(diff.num_classes))
     start = time.perf_counter()
     images = diff.sample([k for k in wanted for _ in range(n)] or None, n=None if wanted else n, cfg_scale=guidance if wanted else 1.0,
-                         n_steps=steps, step=choose(sampler, STEPS, "sampler"), seed=seed, chunk=chunk)
+                         n_steps=steps, step=step, seed=seed, chunk=chunk, precision=precision)
     path = save_images(images, out, cols=min(n, 16) if not wanted else n)
     click.echo(f"{len(images)} images, {time.perf_counter() - start:.1f} s: {path}")
 

@@ -77,8 +77,9 @@ class Table(nn.Module):
         v, T = self.values, len(self.values) - 1
         t = torch.as_tensor(t, device=v.device, dtype=v.dtype)
         if t.device.type == "cpu" and not ((t >= 0) & (t <= T)).all(): raise ValueError(f"times are in 0..{T}, not {t.min():g} to {t.max():g}")
-        lo = t.floor().long().clamp(0, T - 1)
-        return torch.lerp(v[lo], v[lo + 1], (t - lo).clamp(0, 1))
+        lo = (t.ceil().long() - 1).clamp(0, T - 1)  # a whole time ends its line: the slope there is that of the step that led to it
+        share = t - lo
+        return torch.lerp(v[lo], v[lo + 1], torch.where((share >= 0) & (share <= 1), share, share.clamp(0, 1)))  # clamp has slope 0 at its ends
 
 # %% ../nbs/02_forward.ipynb #1e765ca2
 class Times(nn.Module):

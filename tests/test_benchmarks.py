@@ -9,13 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from common import tiny_diffusion
+from PIL import Image
 
+from ddpm_course.model import make_process
 from ddpm_course.process import DDPM
 from ddpm_course.training import Diffusion
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SCRIPTS = ("start_up", "memory", "train_step", "samplers", "time_to_quality")
+SCRIPTS = ("start_up", "memory", "train_step", "samplers", "time_to_quality", "families")
 
 
 @pytest.fixture
@@ -171,6 +173,76 @@ def test_quick_time_to_quality(bench, tmp_path):
         ("ours", 2, [6, 12]), ("ours", 1, [6, 12]), *((p, None, [6]) for p in peers)]
     assert all(r["seen"] > 0 and r["seconds"] > 0 and r["sampling"] > 0 for r in rows)
     assert [r["quality"][0]["accuracy"] is None for r in rows] == [r["model"] == "denoising_diffusion_pytorch" for r in rows], "it has no labels"
+
+
+def test_quick_families(bench, tmp_path, monkeypatch):
+    "Rows, table, picture; run again, the kept models are used, and a family that is added gets the same training."
+    families = bench("families")
+    rows = run(bench, "families", tmp_path, "--only", "ve", "flow", "--picture", str(tmp_path / "p.png"))
+    real, drawn = rows[0], rows[1:]
+    assert [(r["family"], r["predict"], r["evaluations"]) for r in drawn] == [("ve", "edm", 2), ("ve", "edm", 3), ("flow", "velocity", 2), ("flow", "velocity", 3)]
+    assert len({json.dumps(r["recipe"]) for r in drawn}) == 1 and {r["recipe"]["total_steps"] for r in drawn} == {3} and {r["training"]["seen"] for r in drawn} == {96}
+    assert all(r["bits"] is None or 0 < r["bits"] < 1e4 for r in drawn), "a bound for every family, also where alpha is 0 at the noise end"
+    assert all(0 <= r[k] <= 1 for r in rows for k in ("precision", "recall", "accuracy")) and all(r["fid_classifier"] > 0 for r in rows)
+    assert real["family"] == "real" and real["fid_classifier"] == real["floor_classifier"] == drawn[0]["floor_classifier"]
+    assert Image.open(tmp_path / "p.png").size == (10 * 17 + 1, 2 * 17 + 1)  # a row for each family
+    table = families.table(rows)
+    assert table.count("\n| ") == 2 + len(drawn) and "| flow matching | the velocity eps - x0 | " in table and "3 steps of training each (96 images" in table
+    def never(*args, **kw): raise AssertionError("trained again")
+    with monkeypatch.context() as m:
+        m.setattr(Diffusion, "fit", never)
+        again = [r for r in run(bench, "families", tmp_path, "--only", "flow") if r["family"] == "flow"]
+    assert [r["fid_random"] for r in again] == pytest.approx([r["fid_random"] for r in drawn[2:]], rel=1e-3) and [r["training"] for r in again] == [r["training"] for r in drawn[2:]]
+    def earlier(**kw): return families.Bench.earlier(SimpleNamespace(budget=0, args=SimpleNamespace(**dict(steps=None, data="mnist") | kw), results=SimpleNamespace(rows=rows)))
+    assert earlier() == earlier(steps=3) == drawn[0]["recipe"] and earlier(steps=4) is earlier(data="cifar10") is None
+
+
+def test_all_families_start_from_the_same_noise(bench):
+    families, starts = bench("families"), []
+    for name in families.NAMES:
+        d = tiny_diffusion()
+        diff = Diffusion(d.model.net, make_process(name), families.chosen(name)[1], d.shape, d.num_classes, device="cpu")
+        got = []
+        families.drawn(diff, torch.tensor([0, 1]), 2, SimpleNamespace(guidance=1.0), "float32", 5)
+        diff.sample([0, 1], n_steps=2, seed=5, callback=lambda i, x, **_: got.append(x) if i == 0 else None)
+        starts.append(got[0] / diff.process.sigma(torch.tensor([float(diff.process.t_max)])).item())
+    for s in starts[1:]: torch.testing.assert_close(s, starts[0], rtol=1e-5, atol=1e-5)
+
+
+def test_evaluations_are_counted_and_a_guided_one_counts_once(bench):
+    families, diff = bench("families"), tiny_diffusion()
+    for guidance in (1.0, 2.0):
+        images, _, evaluations = families.drawn(diff, torch.arange(5) % 3, 4, SimpleNamespace(guidance=guidance), "float32", 0)
+        assert evaluations == 4 and images.shape == (5, 1, 8, 8)
+
+
+def test_families_predict_what_the_command_line_does_or_what_is_asked_for(bench):
+    families = bench("families")
+    assert [families.chosen(k) for k in families.NAMES] == [("ddpm", "x0"), ("vp", "x0"), ("ve", "edm"), ("edm", "edm"), ("flow", "velocity")]
+    assert families.chosen("flow:x0") == ("flow", "x0") and all(families.chosen(k)[1] in families.SAYS for k in families.NAMES)
+    for name, says in (("flow:eps", "divides by alpha"), ("flows", "Did you mean 'flow'"), ("ve:noise", "unknown prediction")):
+        with pytest.raises(ValueError, match=says): families.chosen(name)
+
+
+def some_code():
+    """Two lines
+    of words."""
+    # a comment
+
+    def inner(): "words"  # one line, that holds code
+    x = [1,
+         2]  # two lines
+    "not a docstring"
+    return inner, x
+
+
+def test_lines_of_code_are_counted_without_words(bench):
+    families = bench("families")
+    assert families.code_lines(some_code) == 6
+    lines = {name: families.family_lines(*families.chosen(name)) for name in families.NAMES}
+    assert all(5 < process <= 40 and 2 <= prediction <= 12 for process, prediction in lines.values()), lines
+    edm = make_process("edm")
+    assert lines["edm"][0] > families.code_lines(type(edm)), "with the grid that it calls"
 
 
 def test_quick_train_step(bench, tmp_path):
