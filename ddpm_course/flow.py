@@ -27,7 +27,7 @@ class Flow(Process):
         if self.times == "uniform": return super().sample_t(n, device, generator)
         return randn((n,), generator, device).sigmoid()
 
-# %% ../nbs/13_flow.ipynb #b171025a
+# %% ../nbs/13_flow.ipynb #442349b8
 def straightness(
     denoise,  # (x, t) -> x0_hat
     process: Process,
@@ -44,7 +44,7 @@ def straightness(
     w = (sigma / (alpha + sigma)).diff()  # time spent, on the straight road
     w = (w / w.sum()).to(x).view(-1, *[1] * x.ndim)
     v = torch.stack(seen)
-    return (w * (v - (w * v).sum(0)) ** 2).sum(0).flatten(1).mean(1)
+    return (w * (v - (w * v).sum(0)) ** 2).sum(0).reshape(len(x), -1).mean(1)
 
 # %% ../nbs/13_flow.ipynb #d6a17def
 @torch.no_grad()
