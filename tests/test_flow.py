@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_course.denoiser import PARAMS, Denoiser, edm_param, flow_param
+from ddpm_course.edm import EDM
 from ddpm_course.flow import Flow, coupled_pairs, straightness
 from ddpm_course.model import make_process
 from ddpm_course.process import DDPM
@@ -168,10 +169,11 @@ def test_pairs_do_not_depend_on_the_batches(n, batch_size, labels):
     assert not x.requires_grad
 
 
-def test_pairs_of_another_process_begin_at_its_noise():
+@pytest.mark.parametrize("process, ts", [(VP(), torch.cat([line(600)[:-1] ** 2, torch.zeros(1, dtype=F64)])), (EDM(), EDM().steps(200))], ids=["vp", "edm"])
+def test_pairs_of_another_process_begin_at_its_noise(process, ts):
     law = normal(0.5, 0.3)
-    (x, _, e), = coupled_pairs(law.denoiser(VP()), VP(), noise(200, 1), torch.cat([line(600)[:-1] ** 2, torch.zeros(1, dtype=F64)]))
-    assert (x - (0.3 + 0.5 * e)).abs().max() < 0.01
+    (x, _, e), = coupled_pairs(law.denoiser(process), process, noise(200, 1), ts)
+    assert (x - (0.3 + 0.5 * e)).abs().max() < 0.01  # in one dimension every flow keeps the order: the same pairs
 
 
 def test_a_second_flow_needs_one_step():  # on N(0, 1) the first stands where it began after a detour; the second stands still
