@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+from common import tiny_diffusion, tiny_dls
 
 from ddpm_course.denoiser import PARAMS, exact_denoiser
 from ddpm_course.distillation import Distilled, distil
@@ -13,7 +14,6 @@ from ddpm_course.sampling import euler, sample
 from ddpm_course.score import GaussianMixture, PointNet
 from ddpm_course.sde import VP
 from ddpm_course.training import Diffusion
-from common import tiny_diffusion, tiny_dls
 
 F64 = torch.float64
 MIX = GaussianMixture(torch.tensor([[0.8, 0.2], [-0.5, -0.3]], dtype=F64), 0.2)
@@ -90,7 +90,7 @@ def test_a_ladder_of_two_rungs_teaches_the_second_by_the_first():
     diff = tiny_diffusion()
     first = distil(diff, 2, scale=2.0).fit(tiny_dls(), total_steps=2, **QUIET)
     second = distil(first, 1)
-    x, y, t, s = torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2]), torch.full((3,), 100), torch.zeros(3).long()
+    y, t, s = torch.tensor([0, 1, 2]), torch.full((3,), 100), torch.zeros(3).long()
     seen = []
     first.sample(y, n_steps=2, seed=0, callback=lambda **k: seen.append(k))
     want = seen[-1]["x0"]  # where two steps of the first end
