@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['linear_part', 'dpmpp_2m', 'unipc', 'log_snr_steps', 'threshold']
 
-# %% ../nbs/14_fast_sampling.ipynb #35d3e900
+# %% ../nbs/14_fast_sampling.ipynb #eb4d8d95
 import math
 from collections import namedtuple
 
@@ -20,7 +20,7 @@ def linear_part(
     t: Tensor,  # (B,) now; sigma(t) > 0
     s: Tensor,  # (B,) next; sigma may be 0 here, alpha may be 0 at t
 ):  # shrink, gain, h, each (B,), float64 where the device has it
-    "x_s = shrink * x_t + gain * (mean of x0_hat on the way), exactly (Lu et al. 2022, DPM-Solver++, eq. 8); h is the step's length in log(alpha / sigma)."
+    "x_s = shrink * x_t + gain * (mean of x0_hat on the way), exactly (Lu et al. 2022, DPM-Solver++, proposition 4.1); h is the step's length in log(alpha / sigma)."
     (a_t, s_t), (a_s, s_s) = ((process.alpha(u), process.sigma(u)) for u in (_wide(t), _wide(s)))
     shrink = s_s / s_t
     return shrink, a_s - a_t * shrink, (a_s / s_s).log() - (a_t / s_t).log()
@@ -73,7 +73,7 @@ def unipc():  # step(denoise, process, x, t, s, generator=None) -> x_s, x0_hat; 
         return _by(shrink, x) * x + _by(gain, x) * (x0_hat + slope / 2), x0_hat
     return step
 
-# %% ../nbs/14_fast_sampling.ipynb #084ee43d
+# %% ../nbs/14_fast_sampling.ipynb #e161044a
 def log_snr_steps(
     process: Process,
     n: int,  # steps
@@ -81,7 +81,7 @@ def log_snr_steps(
     sigma_min: float = 0.002,  # the last level before 0
     device=None,
 ) -> Tensor:  # (n+1,) falling times, the last is 0; ValueError for n < 1 or levels in the wrong order
-    "Times that are even in log SNR (Lu et al. 2022, DPM-Solver, section 3.4)."
+    "Times that are even in log SNR (Lu et al. 2022, DPM-Solver)."
     if n < 1: raise ValueError(f"sampling needs at least 1 step, not {n}")
     top = torch.full((1,), float(process.t_max), dtype=torch.float64)
     strongest = (process.sigma(top) / process.alpha(top)).item()
