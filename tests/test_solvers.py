@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from common import tiny_diffusion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -191,6 +192,13 @@ def test_memory_starts_anew(name):
     assert torch.allclose(out, euler(denoise, process, x[:5], torch.full((5,), 400), torch.full((5,), 100))[0], atol=1e-12)
     single(denoise, process, x, torch.full((6,), 700), torch.full((6,), 400))
     assert single(denoise, process, x.float(), torch.full((6,), 400), torch.full((6,), 100))[0].dtype == torch.float32  # another type, too
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_images_do_not_depend_on_the_chunks(name):
+    diff, step = tiny_diffusion(), SOLVERS[name]()
+    whole = diff.sample([0, 1, 2, 0, 1, 2, 0], n_steps=4, step=step, seed=0)
+    assert torch.allclose(diff.sample([0, 1, 2, 0, 1, 2, 0], n_steps=4, step=step, seed=0, chunk=3), whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
