@@ -94,7 +94,7 @@ def translate(
         return denoise(bcast(scale, x).to(x.device, x.dtype) * x, tau, *args, **kw)
     return translated
 
-# %% ../nbs/16_rosetta.ipynb #fd7e5a1d
+# %% ../nbs/16_rosetta.ipynb #dcc28335
 def loss_weight(
     process: Process,
     param,  # what the network predicts: a name in PARAMS, or (alpha, sigma) -> c_skip, c_out, c_in
@@ -105,8 +105,7 @@ def loss_weight(
 ) -> Tensor:  # (K,) float64; 0 where training never looks
     "How much an error of x0_hat counts at each noise level in the plain loss: p(lambda) / c_out^2 (after Kingma and Gao 2023)."
     t = process.sample_t(n, generator=torch.Generator().manual_seed(seed)).double()
-    seen, lam = process.snr(t).log().sort().values, lam.double()
+    seen, lam = process.snr(t).cpu().log().sort().values, lam.cpu().double()
     count = torch.searchsorted(seen, lam + width / 2) - torch.searchsorted(seen, lam - width / 2)
-    at = time_of(process, (-lam / 2).exp())
     param = choose(param, PARAMS, "prediction") if isinstance(param, str) else param
-    return count / (n * width) / param(process.alpha(at), process.sigma(at))[1] ** 2
+    return count / (n * width) / param(*arrow(process, time_of(process, (-lam / 2).exp())))[1] ** 2
