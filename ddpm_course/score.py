@@ -133,7 +133,7 @@ class PointNet(nn.Module):
             if i == 0 and self.label_emb is not None: h = h + self.label_emb(torch.full((1,), self.num_classes, device=x.device) if cond is None else cond)
         return self.out(h)
 
-# %% ../nbs/10_score.ipynb #4c1ec9a5
+# %% ../nbs/10_score.ipynb #90a08843
 def annealed(
     denoise,  # (x, t) -> x0_hat
     process: Process,
@@ -143,11 +143,12 @@ def annealed(
     n: int = 5,  # Langevin steps at each level
     rate: float = 0.3,  # step size in units of sigma(t)^2, below 4
     generator=None,  # a torch.Generator, or one per example
-):  # x_s, x0_hat, both of x's shape; ValueError for n below 1, a rate outside (0, 4)
+):  # x_s, x0_hat, both of x's shape; ValueError for n below 1, a rate outside (0, 4), alpha(t) = 0
     "Annealed Langevin dynamics as a step: n Langevin steps at the level of t, then on to the next (Song and Ermon 2019, algorithm 1); where sigma(s) = 0, the estimate itself."
     if n < 1: raise ValueError(f"n is the number of Langevin steps at each level, at least 1, not {n}")
     if not 0 < rate < 4: raise ValueError(f"rate is a step size in units of sigma^2, above 0 and below 4 (from there on the walk explodes), not {rate}")
     (a_t, s_t), (a_s, s_s) = process.coeffs(t, x), process.coeffs(s, x)
+    if not (a_t > 0).all(): raise ValueError(f"{type(process).__name__} has nothing of the data left where alpha is 0: begin a little later, or use euler")
     for _ in range(n):
         x0_hat = denoise(x, t)
         x = langevin(x, (a_t * x0_hat - x) / s_t**2, rate * s_t.flatten() ** 2, generator)
