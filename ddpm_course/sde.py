@@ -68,7 +68,7 @@ def drift_diffusion(
     t: Tensor,  # (B,) times; alpha(t) > 0
 ):  # f and g^2, each (B,): dx = f x dt + g dw; ValueError where alpha is 0
     "The SDE whose marginals are x_t = alpha x0 + sigma eps (Song et al. 2021; Karras et al. 2022, eq. 4)."
-    t = (_wide(t) * 1.0).clamp(min=1e-9 * process.t_max)  # at 0, where sigma may rise infinitely steeply: the limit
+    t = (_wide(t) * 1.0).clamp(min=1e-12 * process.t_max)  # at 0, where sigma may rise infinitely steeply: the limit
     (alpha, sigma), (d_alpha, d_sigma) = (process.alpha(t), process.sigma(t)), rates(process, t)
     if not (alpha > 0).all(): raise ValueError(f"{type(process).__name__} has no SDE at t = {t.max():g}, where alpha is 0: begin a little later, or use euler")
     f = d_alpha / alpha
@@ -157,6 +157,7 @@ def solve_ode(
     velocity = probability_flow(denoise, process)
     def field(t, flat):
         with torch.no_grad(): v = velocity(torch.as_tensor(flat, dtype=x.dtype).to(x.device).reshape(x.shape), torch.tensor([t], dtype=wide))
+        if not v.isfinite().all(): raise ValueError(f"the velocity at t = {t:g} is not finite: look at what the denoiser says there")
         return v.cpu().double().flatten().numpy()
     found = solve_ivp(field, (float(t_from), float(t_to)), x.cpu().double().flatten().numpy(), method, None if at is None else at.tolist(), rtol=rtol, atol=atol)
     if not found.success: raise ValueError(f"the solver stopped at t = {found.t[-1]:g}: {found.message}")
