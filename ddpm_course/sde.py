@@ -97,13 +97,13 @@ def euler_maruyama(
     s: Tensor,  # (B,) next, smaller
     generator=None,  # a torch.Generator, or one per example
 ):  # x_s, x0_hat, both of x's shape; ValueError where alpha(t) is 0
-    "Euler's rule on the reverse-time SDE dx = (f x - g^2 score) dt + g dw (Song et al. 2021, eq. 6); no noise in the step to sigma = 0."
+    "Euler's rule on the reverse-time SDE dx = (f x - g^2 score) dt + g dw (Song et al. 2021, eq. 6); where sigma(s) = 0, the estimate itself."
     f, g2 = (bcast(v, x).to(x) for v in drift_diffusion(process, t))
     (alpha, sigma), dt = process.coeffs(t, x), bcast(_wide(t) - _wide(s), x).to(x)
     x0_hat = denoise(x, t)
     x_s = x - dt * (f * x - g2 * (alpha * x0_hat - x) / sigma**2)
     fresh = (g2 * dt).sqrt() * randn(x.shape, generator, x.device, x.dtype)
-    return torch.where(process.coeffs(s, x)[1] > 0, x_s + fresh, x_s), x0_hat
+    return torch.where(process.coeffs(s, x)[1] > 0, x_s + fresh, x0_hat), x0_hat
 
 # %% ../nbs/11_sde.ipynb #85d806ad
 def probability_flow(
