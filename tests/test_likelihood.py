@@ -13,8 +13,22 @@ from ddpm_course.core import example_generators, to_float
 from ddpm_course.denoiser import Denoiser, x0_param
 from ddpm_course.edm import EDM
 from ddpm_course.flow import Flow
-from ddpm_course.likelihood import (GREY, anchored, bits_per_dim, decode, decoder_log_prob, dequantise, encode, log_likelihood, make_probes,
-                                    noise_grid, ode_bound, slerp, variational_bound, with_trace)
+from ddpm_course.likelihood import (
+    GREY,
+    anchored,
+    bits_per_dim,
+    decode,
+    decoder_log_prob,
+    dequantise,
+    encode,
+    log_likelihood,
+    make_probes,
+    noise_grid,
+    ode_bound,
+    slerp,
+    variational_bound,
+    with_trace,
+)
 from ddpm_course.process import DDPM
 from ddpm_course.sampling import clip_x0, euler, heun
 from ddpm_course.score import NCSN, GaussianMixture

@@ -13,7 +13,19 @@ from ddpm_course.model import make_process, make_step
 from ddpm_course.process import DDPM
 from ddpm_course.sampling import ancestral, euler, heun, sample
 from ddpm_course.score import NCSN, GaussianMixture, score_of
-from ddpm_course.sde import VE, VP, SubVP, corrected, drift_diffusion, euler_maruyama, forward_path, probability_flow, rates, solve_ode, time_of
+from ddpm_course.sde import (
+    VE,
+    VP,
+    SubVP,
+    corrected,
+    drift_diffusion,
+    euler_maruyama,
+    forward_path,
+    probability_flow,
+    rates,
+    solve_ode,
+    time_of,
+)
 
 F64 = torch.float64
 SDES = {"vp": VP(), "sub_vp": SubVP(), "ve": VE(0.01, 5.0)}
