@@ -30,9 +30,9 @@ class VP(Process):
     def alpha(self, t): return (self.log_abar(t) / 2).exp()
     def sigma(self, t): return (-self.log_abar(t).expm1()).sqrt()
 
-# %% ../nbs/11_sde.ipynb #cfefc3b4
+# %% ../nbs/11_sde.ipynb #d74e4f52
 class SubVP(VP):
-    "Like VP, with less noise on the way: sigma = 1 - alpha^2 (Song et al. 2021, eq. 13)."
+    "Like VP, with less noise on the way: sigma = 1 - alpha^2 (Song et al. 2021, eq. 12)."
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
         super().__init__(beta_min, beta_max)
         self.config = self.config | dict(name="sub_vp")
@@ -67,7 +67,7 @@ def drift_diffusion(
     process: Process,
     t: Tensor,  # (B,) times; alpha(t) > 0
 ):  # f and g^2, each (B,): dx = f x dt + g dw; ValueError where alpha is 0
-    "The SDE whose marginals are x_t = alpha x0 + sigma eps (Song et al. 2021; Karras et al. 2022, eq. 4)."
+    "The SDE whose marginals are x_t = alpha x0 + sigma eps (Song et al. 2021, eq. 5; Karras et al. 2022, appendix B)."
     t = (_wide(t) * 1.0).clamp(min=1e-12 * process.t_max)  # at 0, where sigma may rise infinitely steeply: the limit
     (alpha, sigma), (d_alpha, d_sigma) = (process.alpha(t), process.sigma(t)), rates(process, t)
     if not (alpha > 0).all(): raise ValueError(f"{type(process).__name__} has no SDE at t = {t.max():g}, where alpha is 0: begin a little later, or use euler")
