@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from .core import bcast, randn
-from .process import Process
+from .process import NO_FLOAT64, Process
 from .sampling import heun
 from .sde import time_of
+
+def _finest(device): return torch.float32 if torch.device(device or "cpu").type in NO_FLOAT64 else torch.float64
 
 def rho_levels(
     n: int,  # how many
@@ -20,12 +22,14 @@ def rho_levels(
     sigma_min: float = 0.002,  # the last
     rho: float = 7.0,  # 1: evenly spaced; more: denser at low noise
     device=None,
-) -> Tensor:  # (n,) falling, float64 where the device has it
+) -> Tensor:  # (n,) falling, float64 where the device has it; ValueError: n < 1, rho or the levels not in order
     "Noise levels that are evenly spaced in sigma^(1/rho) (Karras et al. 2022, eq. 5)."
     if n < 1: raise ValueError(f"sampling needs at least 1 step, not {n}")
-    lo, hi, r = sigma_min ** (1 / rho), sigma_max ** (1 / rho), torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")
-    return ((hi + r * (lo - hi)) ** rho).to(device, torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64)
+    if not (rho > 0 and 0 < sigma_min < sigma_max): raise ValueError(f"levels fall, 0 < sigma_min < sigma_max, and rho is above 0: not {sigma_min}, {sigma_max} and {rho}")
+    lo, hi, share = sigma_min ** (1 / rho), sigma_max ** (1 / rho), torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")
+    return ((hi + share * (lo - hi)) ** rho).clamp(sigma_min, sigma_max).to(device, _finest(device))
 
+# %% ../nbs/12_edm.ipynb #e0000029
 class EDM(Process):
     "Noise is only added, and time is its standard deviation: sigma(t) = t (Karras et al. 2022)."
     def __init__(
@@ -35,16 +39,16 @@ class EDM(Process):
         rho: float = 7.0,  # spacing of the sampling levels
         p_mean: float = -1.2,  # mean of log sigma in training
         p_std: float = 1.2,  # its standard deviation
-    ):  # ValueError unless 0 < sigma_min < sigma_max
+    ):  # ValueError unless 0 < sigma_min < sigma_max, rho > 0
         super().__init__()
-        if not 0 < sigma_min < sigma_max: raise ValueError(f"noise grows: 0 < sigma_min < sigma_max, not {sigma_min} and {sigma_max}")
+        rho_levels(1, sigma_max, sigma_min, rho)  # refuses what makes no sense
         self.sigma_min, self.t_max, self.rho, self.p_mean, self.p_std = sigma_min, float(sigma_max), rho, p_mean, p_std
         self.config = dict(name="edm", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, p_mean=p_mean, p_std=p_std)
 
     def alpha(self, t): return torch.ones_like(t)
     def sigma(self, t): return t
-    def clock(self, t): return (1000 * (t / self.sigma_min).log() / math.log(self.t_max / self.sigma_min)).clamp(0, 1000)
-    def sample_t(self, n, device=None, generator=None):  # log sigma is normal
+    def clock(self, t): return (1000 * (t / self.sigma_min).log() / math.log(self.t_max / self.sigma_min)).clamp(0, 1000)  # the paper: log(sigma) / 4
+    def sample_t(self, n, device=None, generator=None):
         return (self.p_mean + self.p_std * randn((n,), generator, device)).exp().clamp(self.sigma_min, self.t_max)
     def steps(self, n, device=None):
         levels = rho_levels(n, self.t_max, self.sigma_min, self.rho, device)
@@ -54,33 +58,36 @@ class EDM(Process):
 def rho_steps(
     process: Process,
     n: int,  # steps
-    sigma_max: float | None = None,  # noise level sigma / alpha to start at; None: the process's strongest
+    sigma_max: float | None = None,  # noise level sigma / alpha to start at; None: t_max itself, then levels as from 80
     sigma_min: float = 0.002,  # the last level before 0
     rho: float = 7.0,
     device=None,
-) -> Tensor:  # (n+1,) times, falling to 0
+) -> Tensor:  # (n+1,) times, falling to 0, float64 where the device has it
     "EDM's grid for any process: the times at which it has those noise levels."
     top = torch.full((1,), float(process.t_max), dtype=torch.float64)
     strongest = (process.sigma(top) / process.alpha(top)).item()
     times = time_of(process, rho_levels(n, min(sigma_max or 80.0, strongest), sigma_min, rho))
     if sigma_max is None or sigma_max >= strongest: times[0] = process.t_max
-    return torch.cat([times, times.new_zeros(1)]).to(device)
+    return torch.cat([times, times.new_zeros(1)]).to(device, _finest(device))
 
+# %% ../nbs/12_edm.ipynb #e0000036
 def churn(
-    gamma: float = 0.1,  # share by which the noise level is raised before the step, at most sqrt(2) - 1
+    gamma: float = 0.1,  # share by which the noise level is raised before the step, at most sqrt(2) - 1; the paper's S_churn / n
     low: float = 0.05,  # only between these noise levels
     high: float = 50.0,
-    extra: float = 1.003,  # the fresh noise is a little stronger than it should be
-    step=heun,  # the deterministic step after it
-):  # a step: (denoise, process, x, t, s, generator) -> x_s, x0_hat
+    extra: float = 1.003,  # the fresh noise is a little stronger than it should be: the paper's S_noise
+    step=heun,  # the step after it
+):  # a step: (denoise, process, x, t, s, generator) -> x_s, x0_hat; ValueError for a gamma below 0
     "EDM's stochastic sampler: add a little noise, then step back down past where you were (Karras et al. 2022, algorithm 2)."
+    if not gamma >= 0: raise ValueError(f"gamma is a share of the noise level, 0 or more, not {gamma}")
     def churned(denoise, process, x, t, s, generator=None, **kw):
-        alpha, sigma = (v.to(torch.float64) for v in (process.alpha(t), process.sigma(t)))
-        level = sigma / alpha
-        raised = torch.where((level >= low) & (level <= high), level * (1 + min(gamma, 2**0.5 - 1)), level)
-        t_hat = torch.where(raised > level, time_of(process, raised.cpu()).to(t.device), t.double())
+        level = (process.sigma(t) / process.alpha(t)).cpu().double()
+        on, (once, back) = (level >= low) & (level <= high), level.unique(return_inverse=True)
+        raised = time_of(process, once * (1 + min(gamma, 2**0.5 - 1)))[back]
+        t_hat = torch.where(on, raised, t.cpu().double()).to(t.device, _finest(t.device))
         (a, s_t), (a_hat, s_hat) = process.coeffs(t, x), process.coeffs(t_hat, x)
-        fresh = (s_hat**2 - (a_hat / a * s_t) ** 2).clamp(min=0).sqrt()
-        x = a_hat / a * x + extra * fresh * randn(x.shape, generator, x.device, x.dtype)
-        return step(denoise, process, x, t_hat, s, **kw)
+        keep = torch.where(bcast(on.to(x.device), x), a_hat / a, 1)
+        fresh = (s_hat**2 - (keep * s_t) ** 2).clamp(min=0).sqrt()
+        x = keep * x + extra * fresh * randn(x.shape, generator, x.device, x.dtype)
+        return step(denoise, process, x, t_hat, s, generator=generator, **kw)
     return churned

@@ -222,7 +222,7 @@ def read_model(
 
 # %% ../nbs/98_model.ipynb #019bd80d
 def batches_from(
-    dl,  # data.Batches, or anything that yields (x, y)
+    dl,  # data.Batches, or anything that yields batches
     epoch: int = 0,  # decides the order of data.Batches
     start: int = 0,  # number of the first batch
 ):
@@ -232,13 +232,14 @@ def batches_from(
 
 def check_data(
     model: Model,
-    dls,  # .train yields (x (B,C,H,W), y (B,)); see data.get_dls
+    dls,  # .train yields (x (B,C,H,W), y (B,)), or (x, y, eps) with noise for each image; see data.get_dls
 ):  # dls; ValueError where images or labels do not fit the model
     "Look at the first batch."
     (shape, K), known = (model.shape, model.num_classes), getattr(dls, "num_classes", None)
-    x, y = next(iter(batches_from(dls.train)), (None, None))
+    x, y, *eps = next(iter(batches_from(dls.train)), (None, None))
     if x is None: raise ValueError("the training data is empty")
     if tuple(x.shape[1:]) != shape: raise ValueError(f"the images are {tuple(x.shape[1:])}, the model was made for {shape}")
+    if eps and eps[0].shape != x.shape: raise ValueError(f"noise of shape {tuple(eps[0].shape)} for images of shape {tuple(x.shape)}")
     if K and known not in (None, K): raise ValueError(f"the model has {K} classes, the data {known}")
     if K and (y is None or int(y.max()) >= K or int(y.min()) < 0): raise ValueError(f"the model has {K} classes, the data labels outside 0..{K - 1}")
     if model.classes == [str(k) for k in range(K)]: model.classes = list(getattr(dls, "classes", None) or model.classes)

@@ -51,11 +51,11 @@ class _Equipped(Sampler):
 # %% ../nbs/08_training.ipynb #fdc9dc9e
 class _Stepper(_Equipped):
     "One training step."
-    def train_step(self, x: Tensor, y: Tensor | None = None) -> Tensor:  # (B,) losses, detached
-        "Forward, backward, and after every `accumulate` batches one optimizer step."
+    def train_step(self, x: Tensor, y: Tensor | None = None, eps: Tensor | None = None) -> Tensor:  # (B,) losses, detached
+        "Forward, backward, and after every `accumulate` batches one optimizer step; the noise is drawn where none is given."
         if y is not None: y = drop_labels(y, self.p_uncond, self.null, self.generator)
         self.model.train()
-        with self.autocast(): losses = self.model.loss(x, y, generator=self.generator)
+        with self.autocast(): losses = self.model.loss(x, y, eps=eps, generator=self.generator)
         self.scaler.scale(losses.mean() / self.settings.accumulate).backward()
         losses = losses.detach()
         self._flag_unless(losses.isfinite().all())
@@ -91,8 +91,8 @@ class _Epochs(_Stepper):
     def one_epoch(self, train: bool = True, on_batch=None) -> float:  # mean loss over the examples
         "One pass over the training data (from where the last one stopped), or over the validation data."
         if not train: return self._validate()
-        for x, y in batches_from(self.dls.train, self.epoch, self.batch):
-            losses = self.train_step(x.to(self.device), y.to(self.device) if self.num_classes else None)
+        for batch in batches_from(self.dls.train, self.epoch, self.batch):
+            losses = self.train_step(*self._moved(*batch))
             self.loss_sum += losses.sum(); self.seen += len(losses)
             if on_batch and on_batch() or self.step >= self.settings.total_steps: break
         mean = float(self.loss_sum) / max(self.seen, 1)
@@ -102,10 +102,14 @@ class _Epochs(_Stepper):
     @torch.no_grad()
     def _validate(self):  # with the averaged weights, and with the same times and noise every time
         total, n, generator = torch.zeros_like(self.loss_sum), 0, torch.Generator(self.device).manual_seed(self.seed)
-        for x, y in batches_from(self.dls.valid):
-            with self.autocast(): losses = self.ema_model.loss(x.to(self.device), y.to(self.device) if self.num_classes else None, generator=generator)
+        for batch in batches_from(self.dls.valid):
+            x, y, *eps = self._moved(*batch)
+            with self.autocast(): losses = self.ema_model.loss(x, y, None, *eps, generator=generator)
             total, n = total + losses.sum(), n + len(losses)
         return float(total) / max(n, 1)
+
+    def _moved(self, x, y, *eps):  # a batch on the device; eps is there where the data brings its own noise
+        return x.to(self.device), y.to(self.device) if self.num_classes else None, *(e.to(self.device) for e in eps)
 
 # %% ../nbs/08_training.ipynb #c57f5e47
 class _Trainer(_Epochs):
@@ -136,15 +140,14 @@ class _Trainer(_Epochs):
         return max(int(60 * minutes / (a_step + checks)), 1)
 
     def _trial(self, settings, train=True):  # one step of a copy, for timing: nothing of this model is touched
-        x, y = next(iter(batches_from(self.dls.train)))
-        x, y = x.to(self.device), y.to(self.device) if self.num_classes else None
+        x, y, *eps = self._moved(*next(iter(batches_from(self.dls.train))))
         trial = copy.copy(self)
         trial.model, trial.ema_model = copy.deepcopy(self.model), copy.deepcopy(self.ema_model)
         trial.generator = torch.Generator(self.device).manual_seed(0)
         trial._set_up(dataclasses.replace(settings, total_steps=10_000, accumulate=1, compile=False))
         def check():
-            with torch.no_grad(), trial.autocast(): trial.ema_model.loss(x, y, generator=trial.generator)
-        return (lambda: trial.train_step(x, y)) if train else check
+            with torch.no_grad(), trial.autocast(): trial.ema_model.loss(x, y, None, *eps, generator=trial.generator)
+        return (lambda: trial.train_step(x, y, *eps)) if train else check
 
 # %% ../nbs/08_training.ipynb #f74bc40f
 class _Run(_Trainer):

@@ -155,7 +155,7 @@ def test_gradient_accumulation_equals_one_large_batch():
         diff.opt.register_step_pre_hook(lambda *_, parts=parts, diff=diff: grads.update({parts: [p.grad.clone() for p in diff.model.parameters()]}))
         real = diff.model.loss
         pieces = iter(zip(t.chunk(parts), eps.chunk(parts)))
-        def loss(x, y, generator=None, real=real, pieces=pieces): a, b = next(pieces); return real(x, y, a, b)
+        def loss(x, y, generator=None, eps=None, real=real, pieces=pieces): a, b = next(pieces); return real(x, y, a, b)
         diff.model.loss = loss
         for xs, ys in zip(x.chunk(parts), y.chunk(parts)): diff.train_step(xs, ys)
         assert diff.step == 1

@@ -171,6 +171,7 @@ def main() -> int:
         os.environ.pop(name, None)
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ["DDPM_COURSE_STILL"] = "1"  # controls are stored with their pictures: who reads has no kernel
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     print(f"tier {os.environ['DDPM_COURSE_TIER']}, {sys.executable}", flush=True)

@@ -23,7 +23,7 @@ from ddpm_course.training import Diffusion
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = dict(digits=dict(img_size=16), shapes=dict(img_size=32), mnist=dict(img_size=32))
-EPOCHS = dict(digits=100, shapes=1, mnist=4)  # passes over the training split
+EPOCHS = dict(digits=100, shapes=4, mnist=4)  # passes over the training split
 SEED, SAMPLES, STEPS, GUIDANCE = 0, 1000, 20, 2.0
 
 

@@ -1,0 +1,123 @@
+"""Write the source tree of the website from the notebooks and the package: lessons with their stored outputs, an API reference, a syllabus.
+
+usage: python site/prepare.py FOLDER        then: sphinx-build -W -b html -c site FOLDER OUT        (make site does both)
+"""
+import ast
+import re
+import shutil
+import sys
+from configparser import ConfigParser
+from importlib import import_module
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+CFG = ConfigParser(delimiters=["="])
+CFG.read(ROOT / "settings.ini", encoding="utf-8")
+CFG = CFG["DEFAULT"]
+NBS = ROOT / CFG["nbs_path"]
+BLOB = f"{CFG['git_url']}/blob/{CFG['branch']}/"
+DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*)$")
+BADGE = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]\((\S+?)\)")  # its picture lies on another host
+PARTS = {"Part I: from noise to digits": range(0, 10), "Part II: one equation, many names": range(10, 17), "Rooms behind the lessons": range(80, 100)}
+
+
+def number(path: Path) -> int: return int(re.match(r"(\d+)", path.name)[1])
+
+
+def lessons() -> list: return sorted(p for p in NBS.glob("[0-9]*.ipynb"))
+
+
+def markdown(text: str) -> str:
+    "What reads differently on a page than in a notebook."
+    text = BADGE.sub(r"[Open in Colab](\1)", text)
+    return re.sub(r"\]\(\.\./([\w./-]+)\)", lambda m: f"]({BLOB}{m[1]})", text)  # files that are no pages
+
+
+def converted(path: Path) -> nbformat.NotebookNode:
+    "A notebook without the cells and lines that only nbdev reads."
+    nb, cells = nbformat.read(path, 4), []
+    for cell in nb.cells:
+        if cell.cell_type == "markdown": cell.source = markdown(cell.source)
+        if cell.cell_type == "code":
+            lines = cell.source.splitlines()
+            found = {m[1] for line in lines if (m := DIRECTIVE.match(line))}
+            if found & {"hide", "default_exp"} or "nbdev_export(" in cell.source: continue
+            cell.source = "\n".join(line for line in lines if not DIRECTIVE.match(line)).strip("\n")
+            if not cell.source and not cell.outputs: continue
+            for o in cell.outputs: o.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+        cells.append(cell)
+    nb.cells = cells
+    return nb
+
+
+def texts(path: Path) -> list: return ["".join(c.source) for c in nbformat.read(path, 4).cells if c.cell_type == "markdown"]
+
+
+def title(path: Path) -> str: return next(m[1] for t in texts(path) if (m := re.match(r"# (.+)", t)))
+
+
+def syllabus() -> str:
+    "For teachers: what each lesson promises, needs, costs, and how many exercises it has. Read from the lessons."
+    out = ["# Syllabus", "", "For teachers and for whoever plans a course: what a lesson promises, what it needs, what it costs on a laptop without a GPU, and what is practised. "
+           "The times are those of the stored runs.", ""]
+    for part, numbers in list(PARTS.items())[:2]:
+        out += [f"## {part}", ""]
+        for path in (p for p in lessons() if number(p) in numbers):
+            said = texts(path)
+            first, whole = said[0], "\n".join(said)
+            promise, needs, cost = (next((m[1] for m in re.finditer(p, first, re.M)), "") for p in (r"^\*\*(.+?)\*\*$", r"^(You need .*)$", r"^\| `cpu` \| *(.+?) *\|$"))
+            goals = re.search(r"^## (?:\d+\. )?Summary.*\n+((?:\d\. .*\n?)+)", whole, re.M)
+            exercises = len(re.findall(r"<summary>Solution", whole))
+            out += [f"### [{title(path)}]({path.name})", "", promise, ""] + ([f"*Before:* {markdown(needs)}", ""] if needs else [])
+            out += [f"*Cost:* {re.sub(r' *[|] *', ', ', cost)}. *Exercises:* {exercises}, with checks and solutions.", ""] + ([goals[1].strip(), ""] if goals else [])
+    return "\n".join(out)
+
+
+def api() -> dict:
+    "module -> page: every public name with its signature and the comment beside each argument."
+    from nbdev.showdoc import BasicMarkdownRenderer, show_doc
+    pages = {}
+    for path in sorted((ROOT / CFG["lib_path"]).glob("[a-z]*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = next((ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"), [])
+        module = import_module(f"{CFG['lib_name']}.{path.stem}")
+        made = re.search(r"File to edit: \.\./nbs/(\S+\.ipynb)", path.read_text(encoding="utf-8"))
+        out = [f"# {path.stem}", "", f"`from {CFG['lib_name']}.{path.stem} import ...`" + (f", written in [{made[1]}](../{made[1]})." if made else ""), ""]
+        for name in names:
+            thing = getattr(module, name)
+            if not callable(thing) or not getattr(thing, "__doc__", None) or not hasattr(thing, "__qualname__"): continue
+            text = str(show_doc(thing, renderer=BasicMarkdownRenderer, title_level=2)._repr_markdown_())
+            text = re.sub(r"^(---|\[source\].*|#+ .*)$", "", re.sub(r"\{target=[^}]*\}", "", text), flags=re.M)  # a heading of our own
+            out += [f"## {name}", "", re.sub(r"\n{3,}", "\n\n", text).strip(), ""]
+        if len(out) > 5: pages[path.stem] = "\n".join(out)
+    return pages
+
+
+def toctree(names: list, caption: str = "", **options) -> str:
+    lines = ["```{toctree}", *([f":caption: {caption}"] if caption else []), ":maxdepth: 1", *(f":{k}: {v}" for k, v in options.items()), "", *names, "```"]
+    return "\n".join(lines)
+
+
+def prepare(out: Path):
+    shutil.rmtree(out, ignore_errors=True)
+    (out / "api").mkdir(parents=True)
+    for path in [*lessons(), NBS / "index.ipynb"]:
+        nb = converted(path)
+        if path.stem == "index":
+            groups = [toctree([p.stem for p in lessons() if number(p) in numbers], part, hidden="") for part, numbers in PARTS.items()]
+            groups.append(toctree(["glossary", "syllabus", "api/index"], "To look things up", hidden=""))
+            nb.cells.append(nbformat.v4.new_markdown_cell("\n\n".join(groups)))
+        nbformat.write(nb, out / path.name)
+    for page in (ROOT / "site/pages").glob("*.md"): shutil.copy(page, out / page.name)
+    (out / "syllabus.md").write_text(syllabus(), encoding="utf-8")
+    pages = api()
+    for name, text in pages.items(): (out / "api" / f"{name}.md").write_text(text, encoding="utf-8")
+    (out / "api/index.md").write_text("# The package, name by name\n\nWritten from the signatures, docstrings and comments of the code.\n\n" + toctree(list(pages)), encoding="utf-8")
+    if (ROOT / "assets").is_dir(): shutil.copytree(ROOT / "assets", out / "assets")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2: sys.exit(__doc__)
+    prepare(Path(sys.argv[1]))

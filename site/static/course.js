@@ -1,0 +1,3 @@
+// the theme's arrows in the table of contents have no name for screen readers
+document.addEventListener("DOMContentLoaded", () => document.querySelectorAll("summary:not([aria-label])").forEach(
+  (e) => { if (!e.textContent.trim()) e.setAttribute("aria-label", "show the pages below"); }));

@@ -1,0 +1,118 @@
+"""The website: complete, without a request to another host, readable on a phone, and with controls that move without a kernel."""
+import re
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LESSONS = sorted(p.stem for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
+CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
+PAGES = ["index", "02_forward", "glossary", "syllabus", "api/process"]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp("site")
+    for command in (["site/prepare.py", out / "source"], ["-m", "sphinx", "-q", "-W", "-b", "html", "-c", "site", out / "source", out / "html"]):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return out / "html"
+
+
+def test_every_notebook_and_module_has_a_page(site):
+    modules = {p.stem for p in (ROOT / "ddpm_course").glob("[a-z]*.py")}
+    assert all((site / f"{stem}.html").exists() for stem in LESSONS)
+    assert {p.stem for p in (site / "api").glob("*.html")} - {"index"} >= modules - {"cli"}
+    assert "c_skip" in (site / "api/denoiser.html").read_text(encoding="utf-8")
+
+
+def test_no_page_needs_another_host(site):
+    for page in site.rglob("*.html"):
+        wanted = re.findall(r'<(?:script|img|link|iframe)[^>]*(?:src|href)="(https?:[^"]+)"', page.read_text(encoding="utf-8"))
+        assert [w for w in wanted if "rel=" not in w] == [], page.name
+
+
+def test_links_within_the_site_lead_somewhere(site):
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r'<a[^>]*href="([^"#?]+)[^"]*"', text):
+            if not re.match(r"[a-z]+:", link): assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_what_only_nbdev_reads_is_gone(site):
+    text = (site / "02_forward.html").read_text(encoding="utf-8")
+    assert "default_exp" not in text and "nbdev_export" not in text and "the solutions pass their checks" not in text
+
+
+def test_the_syllabus_knows_every_lesson(site):
+    text = (site / "syllabus.html").read_text(encoding="utf-8")
+    for stem in LESSONS:
+        if int(stem[:2]) < 17: assert f'href="{stem}.html"' in text, stem
+    assert "Cost:</em> ." not in text  # each says what it costs
+
+
+def test_every_name_in_the_glossary_exists():
+    text = (ROOT / "site/pages/glossary.md").read_text(encoding="utf-8")
+    names = re.findall(r"`([a-z_]+)\.([A-Za-z_]+)`", text)
+    assert len(names) > 30
+    for module, name in names: assert hasattr(import_module(f"ddpm_course.{module}"), name), f"{module}.{name}"
+    for lesson in re.findall(r"\]\((\w+\.ipynb)\)", text): assert (ROOT / "nbs" / lesson).exists(), lesson
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None: pytest.skip("no Chromium here")
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"])
+        yield chromium
+        chromium.close()
+
+
+def opened(browser, site, name, width=1200, scheme="light"):
+    page, asked = browser.new_context(viewport=dict(width=width, height=900), color_scheme=scheme).new_page(), []
+    page.on("request", lambda r: asked.append(r.url))
+    page.on("pageerror", lambda e: asked.append(f"error: {e}"))
+    page.goto((site / f"{name}.html").as_uri())
+    page.wait_for_timeout(500)
+    return page, [a for a in asked if not a.startswith(("file:", "data:", "blob:"))]
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("width, scheme", [(1200, "light"), (375, "dark")])
+def test_a_page_fits_the_screen_and_asks_nobody(site, browser, name, width, scheme):
+    page, asked = opened(browser, site, name, width, scheme)
+    assert asked == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width + 1
+    page.context.close()
+
+
+def test_formulas_are_set(site, browser):
+    page, _ = opened(browser, site, "02_forward")
+    page.wait_for_selector("mjx-container svg", timeout=20_000)
+    page.context.close()
+
+
+def test_a_control_moves_by_keyboard_without_a_kernel(site, browser):
+    page, _ = opened(browser, site, "02_forward")
+    control = page.locator("figure.explore").first
+    if not control.count(): pytest.fail("lesson 02 stores no control: make outputs NB=nbs/02_forward.ipynb")
+    image, before = control.locator("img"), control.locator("img").get_attribute("src")
+    control.locator("input[type=range]").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_timeout(300)
+    assert image.get_attribute("src") != before and "t = " in image.get_attribute("alt")
+    page.context.close()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_serious_barrier(site, browser, name):
+    from axe_playwright_python.sync_playwright import Axe
+    page, _ = opened(browser, site, name)
+    found = [v for v in Axe().run(page).response["violations"] if v["impact"] in ("serious", "critical")]
+    assert not found, [(v["id"], v["nodes"][0]["html"][:200]) for v in found]
+    page.context.close()
