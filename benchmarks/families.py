@@ -13,7 +13,6 @@ same, so is a step, and a machine that is busy for a while is unfair to nobody. 
 Trained models are kept in --runs, and found there when the script is run again: the numbers can be measured anew without training.
 """
 import ast
-import importlib
 import inspect
 import io
 import json
@@ -123,21 +122,20 @@ def covered(quality, images) -> dict:
 
 
 def bits(diff, dls, n: int, evaluations: int = 100):
-    """Bits per dimension of n test images, each given its label: lesson 15's bound by the probability-flow ODE; None without that lesson.
+    """Bits per dimension of n test images, each given its label: lesson 15's bound by the probability-flow ODE.
     Where the noise is below the network's error, measured on as many training images, the noisy image itself is part of the estimate."""
     from ddpm_course.core import randn, to_float
-    try: lesson = importlib.import_module("ddpm_course.likelihood")
-    except ModuleNotFoundError: return None
+    from ddpm_course.likelihood import anchored, bits_per_dim, noise_grid, ode_bound
     def first(split): return to_float(split.images[:n].to(diff.device)), split.labels[:n].to(diff.device)
     model, process, g = diff.ema_model.eval(), diff.process, torch.Generator().manual_seed(0)
     x, y = first(dls.train)
-    levels = lesson.noise_grid(process, 24).flip(0).to(diff.device)  # rising
+    levels = noise_grid(process, 24).flip(0).to(diff.device)  # rising
     def error(t): return (model(process.add_noise(x, t, randn(x.shape, g, diff.device)), t, y) - x).pow(2).mean()
     with torch.no_grad(): errors = torch.stack([error(t.expand(len(x))) for t in levels])
     x, y = first(dls.test)
-    denoise = lesson.anchored(lambda x, t: model(x, t, y), process, levels, errors)
-    nats, _ = lesson.ode_bound(denoise, process, x, ts=lesson.noise_grid(process, evaluations // 2), generator=g)
-    return lesson.bits_per_dim(nats, diff.shape).mean().item()
+    denoise = anchored(lambda x, t: model(x, t, y), process, levels, errors)
+    nats, _ = ode_bound(denoise, process, x, ts=noise_grid(process, evaluations // 2), generator=g)
+    return bits_per_dim(nats, diff.shape).mean().item()
 
 
 def measure(bench: Bench, family: str, predict: str, seed: int):
@@ -204,7 +202,6 @@ def one_table(rows: list, real: list) -> str:
             lines.append([*(what if i == 0 else [""] * 4), evaluations, *cells(same)])
     lines += [["real training images", "", "", "", "", *cells([r])] for r in real]
     header = ["family", "the network says", "lines of code", "bits per dimension", "evaluations", "FID, classifier's features", "FID, random features", "precision", "recall", "read as asked"]
-    if all(r.get("bits") is None for r in rows): header, *lines = [line[:3] + line[4:] for line in [header, *lines]]
     return f"{markdown(header, lines)}\n\n{footnote(rows)}"
 
 
@@ -218,7 +215,7 @@ def footnote(rows: list) -> str:
             f"{'one seed' if seeds == 1 else f'{seeds} seeds, ± half their range'}. {first['n']:,} samples by Euler's rule, one evaluation a step, on each family's own times, guidance {first['guidance']:g}, the same start noise. "
             f"FID, precision and recall against test images; FID in brackets in units of its floor, what real images reach: {floors(rows)}. "
             "Lines of code: process + prediction, without docstrings and comments; all else is shared. ")
-    if first.get("bits") is not None: told += f"Bits per dimension: a bound for {first['bits_n']} test images given their labels, by the probability-flow ODE, the estimate anchored as in lesson 15. "
+    told += f"Bits per dimension: a bound for {first['bits_n']} test images given their labels, by the probability-flow ODE, the estimate anchored as in lesson 15. "
     return told + measured_on(rows)
 
 

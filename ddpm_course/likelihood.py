@@ -98,10 +98,9 @@ def anchored(
     "Mix the estimate with the noisy image itself, each weighed by the inverse of its error: matters where the noise is below the network's error."
     def mixed(x, t):
         t = torch.as_tensor(t).expand(len(x))
-        error = torch.as_tensor(np.interp(t.cpu().numpy(), ts.cpu().numpy(), mse.cpu().numpy())).to(x)
+        error = bcast(torch.as_tensor(np.interp(t.cpu().numpy(), ts.cpu().numpy(), mse.cpu().numpy())), x).to(x)
         alpha, sigma = process.coeffs(t, x)
-        noise = (sigma / alpha) ** 2
-        return torch.lerp(x / alpha, denoise(x, t), noise / (noise + bcast(error, x)))
+        return (error * alpha * x + sigma**2 * denoise(x, t)) / (error * alpha**2 + sigma**2)  # x / alpha and x0_hat; no division by alpha, which may be 0
     return mixed
 
 # %% ../nbs/15_likelihood.ipynb #39135dea

@@ -182,7 +182,7 @@ def test_quick_families(bench, tmp_path, monkeypatch):
     real, drawn = rows[0], rows[1:]
     assert [(r["family"], r["predict"], r["evaluations"]) for r in drawn] == [("ve", "edm", 2), ("ve", "edm", 3), ("flow", "velocity", 2), ("flow", "velocity", 3)]
     assert len({json.dumps(r["recipe"]) for r in drawn}) == 1 and {r["recipe"]["total_steps"] for r in drawn} == {3} and {r["training"]["seen"] for r in drawn} == {96}
-    assert all(r["bits"] is None or 0 < r["bits"] < 1e4 for r in drawn), "a bound for every family, also where alpha is 0 at the noise end"
+    assert all(0 < r["bits"] < 1e4 for r in drawn), "a bound for every family, also where alpha is 0 at the noise end"
     assert all(0 <= r[k] <= 1 for r in rows for k in ("precision", "recall", "accuracy")) and all(r["fid_classifier"] > 0 for r in rows)
     assert real["family"] == "real" and real["fid_classifier"] == real["floor_classifier"] == drawn[0]["floor_classifier"]
     assert Image.open(tmp_path / "p.png").size == (10 * 17 + 1, 2 * 17 + 1)  # a row for each family

@@ -234,6 +234,14 @@ def test_anchored_weighs_by_the_inverse_of_the_errors():
     torch.testing.assert_close(mixed, want, rtol=1e-6, atol=1e-8)
 
 
+def test_anchored_where_alpha_is_0_is_the_networks_estimate():
+    "At Flow's noise end the noisy image says nothing of the data: no 0 / 0."
+    p, x = Flow(), torch.randn(3, 2, dtype=F64)
+    mixed = anchored(lambda x, t: x * 0 + 0.3, p, torch.tensor([0.0, 1.0]), torch.tensor([0.1, 0.1]))
+    assert torch.equal(mixed(x, torch.tensor(1.0, dtype=F64)), torch.full_like(x, 0.3))
+    assert torch.allclose(mixed(x, torch.tensor(0.0, dtype=F64)), x)
+
+
 @pytest.mark.parametrize("name", SMOOTH)
 def test_encoding_follows_the_ode_and_comes_back(name):
     p, x, law = SMOOTH[name], MIX.sample(6, seeded(1)), MIX
