@@ -190,6 +190,8 @@ def test_memory_starts_anew(name):
     single(denoise, process, x, torch.full((6,), 700), torch.full((6,), 400))
     out = single(denoise, process, x[:5], torch.full((5,), 400), torch.full((5,), 100))[0]  # another shape at the same time: a new walk
     assert torch.allclose(out, euler(denoise, process, x[:5], torch.full((5,), 400), torch.full((5,), 100))[0], atol=1e-12)
+    single(lambda x, t: x, process, x, torch.full((6,), 700), torch.full((6,), 400))
+    assert single(lambda x, t: x, process, x[:, :1], torch.full((6,), 400), torch.full((6,), 100))[0].shape == (6, 1)  # as many examples, but smaller ones
     single(denoise, process, x, torch.full((6,), 700), torch.full((6,), 400))
     assert single(denoise, process, x.float(), torch.full((6,), 400), torch.full((6,), 100))[0].dtype == torch.float32  # another type, too
 
