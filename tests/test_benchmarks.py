@@ -170,7 +170,7 @@ def test_quick_time_to_quality(bench, tmp_path):
     peers = ["diffusers", *["denoising_diffusion_pytorch"] * (importlib.util.find_spec("denoising_diffusion_pytorch") is not None)]  # the extra 'bench'
     rows = run(bench, "time_to_quality", tmp_path, "--only", "ours", *peers)
     assert [(r["model"], r["guidance"], [q["n"] for q in r["quality"]]) for r in rows] == [
-        ("ours", 2, [6, 12]), ("ours", 1, [6, 12]), *((p, None, [6]) for p in peers)]
+        ("ours", 2, [6, 12]), ("ours", 1.5, [6, 12]), ("ours", 1, [6, 12]), *((p, None, [6]) for p in peers)]
     assert all(r["seen"] > 0 and r["seconds"] > 0 and r["sampling"] > 0 for r in rows)
     assert [r["quality"][0]["accuracy"] is None for r in rows] == [r["model"] == "denoising_diffusion_pytorch" for r in rows], "it has no labels"
 
