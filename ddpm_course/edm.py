@@ -27,7 +27,7 @@ def rho_levels(
     if n < 1: raise ValueError(f"sampling needs at least 1 step, not {n}")
     if not (rho > 0 and 0 < sigma_min < sigma_max): raise ValueError(f"levels fall, 0 < sigma_min < sigma_max, and rho is above 0: not {sigma_min}, {sigma_max} and {rho}")
     lo, hi, share = sigma_min ** (1 / rho), sigma_max ** (1 / rho), torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")
-    return ((hi + share * (lo - hi)) ** rho).clamp(sigma_min, sigma_max).to(device, _finest(device))
+    return (((1 - share) * hi + share * lo) ** rho).clamp(sigma_min, sigma_max).to(device, _finest(device))
 
 # %% ../nbs/12_edm.ipynb #e0000029
 class EDM(Process):
