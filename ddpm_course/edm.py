@@ -55,6 +55,13 @@ class EDM(Process):
         return torch.cat([levels, levels.new_zeros(1)])
 
 # %% ../nbs/12_edm.ipynb #c2afbdfc
+def _level_steps(process, levels, sigma_max, device):  # times of levels(top), which fall from the level top, then 0
+    end = torch.full((1,), float(process.t_max), dtype=torch.float64)
+    strongest = (process.sigma(end) / process.alpha(end)).item()
+    times = time_of(process, levels(min(sigma_max or 80.0, strongest)))
+    if sigma_max is None or sigma_max >= strongest: times[0] = process.t_max
+    return torch.cat([times, times.new_zeros(1)]).to(device, _finest(device))
+
 def rho_steps(
     process: Process,
     n: int,  # steps
@@ -64,11 +71,7 @@ def rho_steps(
     device=None,
 ) -> Tensor:  # (n+1,) times, falling to 0, float64 where the device has it
     "EDM's grid for any process: the times at which it has those noise levels."
-    top = torch.full((1,), float(process.t_max), dtype=torch.float64)
-    strongest = (process.sigma(top) / process.alpha(top)).item()
-    times = time_of(process, rho_levels(n, min(sigma_max or 80.0, strongest), sigma_min, rho))
-    if sigma_max is None or sigma_max >= strongest: times[0] = process.t_max
-    return torch.cat([times, times.new_zeros(1)]).to(device, _finest(device))
+    return _level_steps(process, lambda top: rho_levels(n, top, sigma_min, rho), sigma_max, device)
 
 # %% ../nbs/12_edm.ipynb #e0000036
 def churn(

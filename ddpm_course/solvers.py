@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .core import bcast
 from .denoiser import _wide
+from .edm import _level_steps
 from .process import Process
-from .sde import time_of
 
 def linear_part(
     process: Process,
@@ -83,14 +83,10 @@ def log_snr_steps(
 ) -> Tensor:  # (n+1,) falling times, the last is 0; ValueError for n < 1 or levels in the wrong order
     "Times that are even in log SNR (Lu et al. 2022, DPM-Solver)."
     if n < 1: raise ValueError(f"sampling needs at least 1 step, not {n}")
-    top = torch.full((1,), float(process.t_max), dtype=torch.float64)
-    strongest = (process.sigma(top) / process.alpha(top)).item()
-    hi = min(sigma_max or 80.0, strongest)
-    if not 0 < sigma_min < hi: raise ValueError(f"noise levels fall: sigma_min is between 0 and {hi:g}, not {sigma_min}")
-    times = time_of(process, torch.linspace(math.log(hi), math.log(sigma_min), n, dtype=torch.float64).exp())
-    if sigma_max is None or sigma_max >= strongest: times[0] = process.t_max
-    times = torch.cat([times, times.new_zeros(1)])
-    return times.to(device, torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64)
+    def levels(top):
+        if not 0 < sigma_min < top: raise ValueError(f"noise levels fall: sigma_min is between 0 and {top:g}, not {sigma_min}")
+        return torch.linspace(math.log(top), math.log(sigma_min), n, dtype=torch.float64).exp()
+    return _level_steps(process, levels, sigma_max, device)
 
 # %% ../nbs/14_fast_sampling.ipynb #23bf474c
 def threshold(
