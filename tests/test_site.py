@@ -1,6 +1,5 @@
 """The website: complete, without a request to another host, readable on a phone, and with controls that move without a kernel."""
 import re
-import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -10,7 +9,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = sorted(p.stem for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
-CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
 PAGES = ["index", "02_forward", "glossary", "syllabus", "api/process"]
 
 
@@ -61,16 +59,6 @@ def test_every_name_in_the_glossary_exists():
     assert len(names) > 30
     for module, name in names: assert hasattr(import_module(f"ddpm_course.{module}"), name), f"{module}.{name}"
     for lesson in re.findall(r"\]\((\w+\.ipynb)\)", text): assert (ROOT / "nbs" / lesson).exists(), lesson
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None: pytest.skip("no Chromium here")
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"])
-        yield chromium
-        chromium.close()
 
 
 def opened(browser, site, name, width=1200, scheme="light"):
