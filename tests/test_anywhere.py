@@ -105,6 +105,27 @@ def test_readme_and_index_lead_to_colab():
     assert {m[1] for m in LINK.finditer(table)} >= {p.name for p in NOTEBOOKS if re.match(r"[01]\d", p.name)}
 
 
+# What a lesson costs, and what may be skipped
+
+LESSONS = [p for p in NOTEBOOKS if re.match(r"[01]\d", p.name)]
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_a_lesson_says_at_the_top_what_it_costs_and_what_may_be_skipped(path):
+    top, training = cells(path, "markdown")[0], [c for c in cells(path, "code") if c.startswith("# training")]
+    assert re.search(r"^\| `cpu` \|.*\d+ ?(s|seconds|min|minutes)\b.*\d GB \|$", top, re.M) and re.search(r"^\| `gpu` \|", top, re.M), top
+    assert ("begins with `# training`" in top) == bool(training)
+    assert all(re.match(r"# training: .*(second|minute).*; this cell may be skipped", c) for c in training)
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_a_training_of_minutes_may_be_skipped(path):
+    "Whoever trains on images for a thousand steps or for minutes says so in the first line."
+    long = r"\.fit\(.*(minutes=|total_steps=by_tier\(.*cpu=(dict\(total_steps=)?\d{3,}|\*\*by_tier\(.*cpu=dict\(total_steps=\d{3,})"
+    for c in cells(path, "code"):
+        if re.search(long, c) and "PointNet" not in c and "refuses(" not in c and "#| export" not in c: assert c.startswith("# training"), c
+
+
 # Reading without running
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
