@@ -3,6 +3,7 @@
 usage: python site/prepare.py FOLDER        then: sphinx-build -W -b html -c site FOLDER OUT        (make site does both)
 """
 import ast
+import io
 import re
 import shutil
 import sys
@@ -100,6 +101,23 @@ def toctree(names: list, caption: str = "", **options) -> str:
     return "\n".join(lines)
 
 
+def film() -> nbformat.NotebookNode:
+    "The readme's animation with a control: play, pause, or a picture at a time. course.js starts it, unless less motion was asked for."
+    from PIL import Image, ImageSequence
+
+    from ddpm_course.widgets import Explore, still_html
+    frames = []
+    with Image.open(ROOT / "assets/forward_reverse.png") as image:
+        for frame in ImageSequence.Iterator(image):
+            file = io.BytesIO()
+            frame.convert("L").quantize(33).save(file, "PNG", optimize=True)
+            frames.append(file.getvalue())
+    player = still_html(Explore(lambda picture: frames[picture], name="from digits to noise, and from noise to digits", picture=range(len(frames)), play=True))
+    said = "Noise is mixed into ten digits; then a network takes it away again, and other digits appear."
+    html = f'<div id="film">{player}<p>{said}</p></div>'
+    return nbformat.v4.new_code_cell("", metadata=dict(tags=["remove-input"]), outputs=[nbformat.v4.new_output("display_data", {"text/html": html})])
+
+
 def prepare(out: Path):
     shutil.rmtree(out, ignore_errors=True)
     (out / "api").mkdir(parents=True)
@@ -109,6 +127,7 @@ def prepare(out: Path):
             groups = [toctree([p.stem for p in lessons() if number(p) in numbers], part, hidden="") for part, numbers in PARTS.items()]
             groups.append(toctree(["glossary", "syllabus", "api/index"], "To look things up", hidden=""))
             nb.cells.append(nbformat.v4.new_markdown_cell("\n\n".join(groups)))
+            nb.cells.insert(1, film())
         nbformat.write(nb, out / path.name)
     for page in (ROOT / "site/pages").glob("*.md"): shutil.copy(page, out / page.name)
     (out / "syllabus.md").write_text(syllabus(), encoding="utf-8")

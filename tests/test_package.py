@@ -75,7 +75,7 @@ def test_metadata_comes_from_settings(wheel):
     assert f"{LIB} = {LIB}.cli:main" in scripts
     body = m.get_payload()
     if (ROOT / "README.md").exists():
-        assert not re.findall(r"\]\((?!https?:|mailto:|#)[^)]+\)", body), "links in the readme would be dead on PyPI"
+        assert not re.findall(r"\]\((?!https?:|mailto:|#)[^)]+\)|\bsrc(?:set)?=\"(?!https?:)", body), "links in the readme would be dead on PyPI"
 
 
 IMPORT_ALL = r"""
@@ -260,7 +260,7 @@ def test_badges_of_the_readme_lead_to_notebooks():
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_relative_links_lead_somewhere(name):
     text = (ROOT / name).read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", text) + re.findall(r'<img[^>]*\bsrc="(?!https?:)([^"]+)"', text)
+    links = re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", text) + re.findall(r'<(?:img|source)[^>]*\bsrc(?:set)?="(?!https?:)([^"]+)"', text)
     assert not [link for link in links if not (ROOT / link).exists()]
 
 
