@@ -8,7 +8,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LINK = re.compile(r"https://colab\.research\.google\.com/github/[^)\s\"\\]*?([\w.-]+\.ipynb)")
+LINK = re.compile(r"https://colab\.research\.google\.com/github/[\w.-]+/[\w.-]+/blob/[\w.-]+/[\w.-]+/((?:[\w-]+/)*[\w.-]+\.ipynb)")
 
 
 def colab(root: Path, notebook: str) -> str:
@@ -22,7 +22,7 @@ def colab(root: Path, notebook: str) -> str:
 def stale(root: Path = ROOT) -> dict:
     "path -> text as it should be, of the files with a badge that leads elsewhere."
     found = {}
-    for path in [root / "README.md", *sorted((root / "nbs").glob("*.ipynb"))]:
+    for path in [root / "README.md", *sorted(p for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)]:
         text = path.read_text(encoding="utf-8")
         right = LINK.sub(lambda m: colab(root, m[1]), text)
         if right != text: found[path] = right
