@@ -44,9 +44,11 @@ class QuietOutput(OutputWidget):
 class ThisPython(AsyncKernelManager):
     "A kernel of the running interpreter, whatever kernel specifications the user has."
 
+    executable = sys.executable
+
     @property
     def kernel_spec(self):
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=40"]
+        argv = [self.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=40"]
         return KernelSpec(argv=argv, display_name="python3", language="python")
 
 
