@@ -96,8 +96,8 @@ def serious(complaints: list) -> list: return [c for c in complaints if not any(
 def test_make_lab_opens_the_table_of_contents(lab, browser, shots):
     url, state = lab
     said = "".join(p.read_text(encoding="utf-8") for p in (state / "runtime").glob("jpserver-*-open.html"))  # where a browser is sent
-    assert "/lab/tree/nbs/index.ipynb" in said, said
-    page, complaints = opened(browser, f"{url}/lab/tree/nbs/index.ipynb")
+    assert "/lab/tree/index.ipynb" in said, said
+    page, complaints = opened(browser, f"{url}/lab/tree/index.ipynb")
     page.locator(".jp-RenderedMarkdown h1", has_text="ddpm_course").wait_for(timeout=30_000)
     lessons = page.locator(".jp-RenderedMarkdown a", has_text=re.compile(r"^\d\d"))
     assert lessons.count() >= len(list((ROOT / "nbs").glob("[01]*.ipynb")))
@@ -110,7 +110,7 @@ def test_make_lab_opens_the_table_of_contents(lab, browser, shots):
 
 @pytest.mark.parametrize("name", LESSONS)
 def test_a_lesson_runs_and_its_control_moves(lab, browser, shots, name):
-    page, complaints = opened(browser, f"{lab[0]}/lab/tree/nbs/{name}.ipynb?reset")
+    page, complaints = opened(browser, f"{lab[0]}/lab/tree/{name}.ipynb?reset")
     page.wait_for_function(READY, timeout=60_000)  # too early, and a dialog asks for a kernel
     page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")  # not awaited
     page.wait_for_function(DONE, timeout=180_000, polling=200)
