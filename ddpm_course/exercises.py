@@ -118,7 +118,7 @@ def _filled(f):  # the learner's function; nothing returned is nothing written
     return call
 
 def _raised(error):  # what to say about an error: the learner's line, if it came from one
-    home = (str(Path(__file__).parent), sys.prefix, sys.base_prefix)
+    home = (str(Path(sys.modules["ddpm_course"].__file__).parent), sys.prefix, sys.base_prefix)
     own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(home)]
     where = f"line {own[-1].lineno} of your code" + (f", {own[-1].line}," if own[-1].line else "") if own else "using what you gave"
     return f"{where} raised {type(error).__name__}: {error}"
