@@ -24,7 +24,7 @@ def long_description() -> str:
         picture = m[2].lower().endswith((".png", ".gif", ".jpg", ".svg"))
         return m[1] + (f"{raw}/{branch}/" if picture else f"{url}/blob/{branch}/") + m[2]
 
-    return re.sub(r"(\]\(|\bsrc=\"|\bhref=\")(?!https?:|mailto:|#)(?:\./)?([^)\s\"]+)", absolute, text)
+    return re.sub(r"(\]\(|\bsrc=\"|\bsrcset=\"|\bhref=\")(?!https?:|mailto:|#)(?:\./)?([^)\s\"]+)", absolute, text)
 
 
 setup(

@@ -116,7 +116,7 @@ def table(rows: list) -> str:
 
 def main(argv=None):
     groups = ["ours", "denoising_diffusion_pytorch", "diffusers", "source"]
-    p = parser(__doc__, n=1000, chunk=256)
+    p = parser(__doc__, n=1000, chunk=128)  # as Diffusion.sample cuts, so that a call is an evaluation
     p.add_argument("--only", nargs="+", choices=groups, default=groups, metavar="GROUP", help=f"some of {', '.join(groups)}")
     p.add_argument("--run", help="run folder; default: the mnist weights that ship")
     args = begin(p.parse_args(argv))

@@ -7,6 +7,7 @@ __all__ = ['PRECISIONS', 'Settings', 'timings', 'precisions', 'fastest']
 
 # %% ../nbs/99_settings.ipynb #e191b2bb
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 
@@ -41,10 +42,11 @@ class Settings:
 def timings(
     f,  # what to time: called without arguments
     n: int = 3,  # how often, after one call that warms up
-) -> list:  # n times, sorted: the first is the fastest, the middle one the median
+    seconds: float = math.inf,  # after so much time three are enough
+) -> list:  # times, sorted: the first is the fastest, the middle one the median
     "Time a function; a GPU is waited for."
     times = []
-    for _ in range(n + 1):
+    while len(times) <= n and (len(times) <= 3 or sum(times) < seconds):
         start = time.perf_counter()
         f()
         if torch.cuda.is_available(): torch.cuda.synchronize()

@@ -7,7 +7,9 @@ __all__ = ['TrainingDiverged', 'Diffusion', 'load_pretrained']
 import contextlib
 import copy
 import dataclasses
+import itertools
 import math
+import statistics
 import time
 from pathlib import Path
 
@@ -135,19 +137,21 @@ class _Trainer(_Epochs):
     def _total_steps(self, epochs, minutes, settings):
         a_pass = len(self.dls.train) / settings.accumulate  # optimizer steps in an epoch, not always a whole number
         if epochs is not None: return max(round(epochs * a_pass), 1)
-        a_step = timings(self._trial(settings), 5)[2] * settings.accumulate  # the median
-        checks = timings(self._trial(settings, train=False), 5)[2] * len(self.dls.valid) / a_pass if self.dls.valid else 0
-        return max(int(60 * minutes / (a_step + checks)), 1)
+        a_step = statistics.mean(timings(self._trial(settings), 50, seconds=minutes)) * settings.accumulate  # a sixtieth of the time; the mean, since what is slow now and then counts too
+        check = timings(self._trial(settings, train=False), 5)[2] * len(self.dls.valid) if self.dls.valid else 0
+        checks = math.ceil(60 * minutes / (a_step * a_pass + check)) * check  # after each pass, and at the end
+        return max(int((60 * minutes - checks) / a_step), 1)
 
     def _trial(self, settings, train=True):  # one step of a copy, for timing: nothing of this model is touched
-        x, y, *eps = self._moved(*next(iter(batches_from(self.dls.train))))
+        batches = itertools.chain.from_iterable(batches_from(self.dls.train) for _ in itertools.count())
+        x, y, *eps = self._moved(*next(batches))
         trial = copy.copy(self)
         trial.model, trial.ema_model = copy.deepcopy(self.model), copy.deepcopy(self.ema_model)
         trial.generator = torch.Generator(self.device).manual_seed(0)
         trial._set_up(dataclasses.replace(settings, total_steps=10_000, accumulate=1, compile=False))
         def check():
             with torch.no_grad(), trial.autocast(): trial.ema_model.loss(x, y, None, *eps, generator=trial.generator)
-        return (lambda: trial.train_step(x, y, *eps)) if train else check
+        return (lambda: trial.train_step(*trial._moved(*next(batches)))) if train else check
 
 # %% ../nbs/08_training.ipynb #f74bc40f
 class _Run(_Trainer):

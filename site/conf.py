@@ -19,7 +19,7 @@ html_static_path = ["static", str(MATHJAX.locate())]
 html_theme_options = {
     "repository_url": cfg["git_url"], "repository_branch": cfg["branch"], "path_to_docs": cfg["nbs_path"], "use_repository_button": True,
     "use_download_button": True, "launch_buttons": {"colab_url": "https://colab.research.google.com"},
-    "home_page_in_toc": True, "show_navbar_depth": 1, "show_toc_level": 1, "navbar_persistent": []}
+    "home_page_in_toc": True, "show_navbar_depth": 2, "show_toc_level": 1, "navbar_persistent": []}
 html_show_sourcelink = False  # the download button leads to the notebook
 html_copy_source = True
 

@@ -3,6 +3,7 @@
 usage: python site/prepare.py FOLDER        then: sphinx-build -W -b html -c site FOLDER OUT        (make site does both)
 """
 import ast
+import io
 import re
 import shutil
 import sys
@@ -20,7 +21,12 @@ NBS = ROOT / CFG["nbs_path"]
 BLOB = f"{CFG['git_url']}/blob/{CFG['branch']}/"
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*)$")
 BADGE = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]\((\S+?)\)")  # its picture lies on another host
-PARTS = {"Part I: from noise to digits": range(0, 10), "Part II: one equation, many names": range(10, 17), "Rooms behind the lessons": range(80, 100)}
+PARTS = {  # page -> title, lessons, what it is about
+    "part-1": ("Part I: from noise to digits", range(0, 10), "Told twice. First with the *exact* denoiser, which is known for a finite set of points or images: so noise, prediction, "
+               "sampling and guidance are seen to be right before anything is trained. Then with a learned one, up to a model of handwritten digits and the question how good it is."),
+    "part-2": ("Part II: one equation, many names", range(10, 17), "Diffusion came from three traditions and was found again as EDM and flow matching. Each is built in about thirty lines on the "
+               "parts of Part I, and trained on the same images with the same network and loop."),
+    "rooms": ("Rooms behind the lessons", range(80, 100), "Workshops and references: what the lessons use, and what a library needs that a lesson need not show. Look things up here.")}
 
 
 def number(path: Path) -> int: return int(re.match(r"(\d+)", path.name)[1])
@@ -58,20 +64,36 @@ def texts(path: Path) -> list: return ["".join(c.source) for c in nbformat.read(
 def title(path: Path) -> str: return next(m[1] for t in texts(path) if (m := re.match(r"# (.+)", t)))
 
 
+def told(path: Path) -> tuple:
+    "What a lesson says about itself: promise, needs, cost."
+    first = texts(path)[0]
+    promise, needs, cost = (next((m[1] for m in re.finditer(p, first, re.M)), "") for p in (r"^(?:\*\*|> )(.+?)(?:\*\*)?$", r"^(You need .*)$", r"^\| `cpu` \| *(.+?) *\|$"))
+    return promise, markdown(needs), re.sub(r" *[|] *", ", ", cost)
+
+
+def part(page: str) -> str:
+    "What a part is about, and its lessons."
+    name, numbers, about = PARTS[page]
+    mine, out = [p for p in lessons() if number(p) in numbers], [f"# {name}", "", about, ""]
+    for path in mine:
+        promise, _, cost = told(path)
+        out += [f"## [{title(path)}]({path.name})", "", promise + (f" *On a CPU: {cost}.*" if cost else ""), ""]
+    return "\n".join([*out, toctree([p.stem for p in mine], hidden="")])
+
+
 def syllabus() -> str:
     "For teachers: what each lesson promises, needs, costs, and how many exercises it has. Read from the lessons."
     out = ["# Syllabus", "", "For teachers and for whoever plans a course: what a lesson promises, what it needs, what it costs on a laptop without a GPU, and what is practised. "
            "The times are those of the stored runs.", ""]
-    for part, numbers in list(PARTS.items())[:2]:
-        out += [f"## {part}", ""]
+    for name, numbers, _ in list(PARTS.values())[:2]:
+        out += [f"## {name}", ""]
         for path in (p for p in lessons() if number(p) in numbers):
-            said = texts(path)
-            first, whole = said[0], "\n".join(said)
-            promise, needs, cost = (next((m[1] for m in re.finditer(p, first, re.M)), "") for p in (r"^\*\*(.+?)\*\*$", r"^(You need .*)$", r"^\| `cpu` \| *(.+?) *\|$"))
-            goals = re.search(r"^## (?:\d+\. )?Summary.*\n+((?:\d\. .*\n?)+)", whole, re.M)
+            (promise, needs, cost), whole = told(path), "\n".join(texts(path))
+            goals = re.search(r"^## (?:\d+\. )?Summary.*\n+((?:(?:\d\.|\*|-) .*\n?)+)", whole, re.M)
             exercises = len(re.findall(r"<summary>Solution", whole))
-            out += [f"### [{title(path)}]({path.name})", "", promise, ""] + ([f"*Before:* {markdown(needs)}", ""] if needs else [])
-            out += [f"*Cost:* {re.sub(r' *[|] *', ', ', cost)}. *Exercises:* {exercises}, with checks and solutions.", ""] + ([goals[1].strip(), ""] if goals else [])
+            out += [f"### [{title(path)}]({path.name})", "", promise, ""] + ([f"*Before:* {needs}", ""] if needs else [])
+            out += [f"*Cost:* {cost}. *Exercises:* {exercises}, with checks and solutions.", ""]
+            if goals: out += ["*Afterwards they can say:*", "", goals[1].strip(), ""]
     return "\n".join(out)
 
 
@@ -100,17 +122,35 @@ def toctree(names: list, caption: str = "", **options) -> str:
     return "\n".join(lines)
 
 
+def film() -> nbformat.NotebookNode:
+    "The readme's animation with a control: play, pause, or a picture at a time. course.js starts it, unless less motion was asked for."
+    from PIL import Image, ImageSequence
+
+    from ddpm_course.widgets import Explore, still_html
+    frames = []
+    with Image.open(ROOT / "assets/forward_reverse.png") as image:
+        for frame in ImageSequence.Iterator(image):
+            file = io.BytesIO()
+            frame.convert("L").quantize(33).save(file, "PNG", optimize=True)
+            frames.append(file.getvalue())
+    player = still_html(Explore(lambda picture: frames[picture], name="from digits to noise, and from noise to digits", picture=range(len(frames)), play=True))
+    said = "Noise is mixed into ten digits; then a network takes it away again, and other digits appear."
+    html = f'<div id="film">{player}<p>{said}</p></div>'
+    return nbformat.v4.new_code_cell("", metadata=dict(tags=["remove-input"]), outputs=[nbformat.v4.new_output("display_data", {"text/html": html})])
+
+
 def prepare(out: Path):
     shutil.rmtree(out, ignore_errors=True)
     (out / "api").mkdir(parents=True)
     for path in [*lessons(), NBS / "index.ipynb"]:
         nb = converted(path)
         if path.stem == "index":
-            groups = [toctree([p.stem for p in lessons() if number(p) in numbers], part, hidden="") for part, numbers in PARTS.items()]
-            groups.append(toctree(["glossary", "syllabus", "api/index"], "To look things up", hidden=""))
+            groups = [toctree(list(PARTS), "Lessons", hidden=""), toctree(["glossary", "syllabus", "api/index"], "To look things up", hidden="")]
             nb.cells.append(nbformat.v4.new_markdown_cell("\n\n".join(groups)))
+            nb.cells.insert(1, film())
         nbformat.write(nb, out / path.name)
     for page in (ROOT / "site/pages").glob("*.md"): shutil.copy(page, out / page.name)
+    for page in PARTS: (out / f"{page}.md").write_text(part(page), encoding="utf-8")
     (out / "syllabus.md").write_text(syllabus(), encoding="utf-8")
     pages = api()
     for name, text in pages.items(): (out / "api" / f"{name}.md").write_text(text, encoding="utf-8")

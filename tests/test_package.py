@@ -7,9 +7,7 @@ import re
 import subprocess
 import sys
 import tarfile
-import venv
 import zipfile
-from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -17,92 +15,40 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-_parser = ConfigParser(delimiters=["="])
-_parser.read(ROOT / "settings.ini", encoding="utf-8")
-CFG = _parser["DEFAULT"]
-LIB, NBS = CFG["lib_path"], CFG["nbs_path"]
+sys.path.insert(0, str(ROOT / "tools"))
+from anywhere import CFG, LIB, alone, backend, clean_environment, package_files, sources  # noqa: E402
+
+NBS = CFG["nbs_path"]
 NOTEBOOKS = sorted(p for p in (ROOT / NBS).rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 COLAB = f"https://colab.research.google.com/github/{CFG['user']}/{CFG['repo']}/blob/{CFG['branch']}/{NBS}/"
-DATA_FILES = (".json", ".safetensors", ".png", ".typed")
 FORBIDDEN = ("nbdev", "fastcore", "execnb", "ghapi", "fastgit", "IPython", "jupyterlab")  # needed to make it, not to use it
 LATE = ("torchvision", "matplotlib", "sklearn", "wandb", "PIL", "tqdm", "ipywidgets", "pandas")  # imported where they are used
-
-
-def package_files() -> set:
-    return {p.relative_to(ROOT).as_posix() for p in (ROOT / LIB).rglob("*")
-            if p.suffix in (".py", *DATA_FILES) or p.name == "py.typed" if "__pycache__" not in p.parts}
 
 
 def modules() -> list:
     return sorted(p.stem for p in (ROOT / LIB).glob("*.py") if p.stem not in ("__init__", "_modidx"))
 
 
-def backend(hook: str, cwd: Path, out: Path) -> Path:
-    "Build with setuptools itself: what pip and build do, without their download of it."
-    code = f"from setuptools import build_meta; print(build_meta.{hook}({str(out)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out / done.stdout.strip().splitlines()[-1]
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     "The wheel, built from the unpacked source distribution, as a packager would."
     tmp = tmp_path_factory.mktemp("build")
-    src = tmp / "src"
-    for name in (*package_files(), "settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE",
-                 "LICENSE-docs", "CHANGELOG.md", "CITATION.cff"):
-        if (ROOT / name).exists():
-            (src / name).parent.mkdir(parents=True, exist_ok=True)
-            (src / name).write_bytes((ROOT / name).read_bytes())
-    sdist = backend("build_sdist", src, tmp)
+    sdist = backend("build_sdist", sources(tmp / "src"), tmp)
     with tarfile.open(sdist) as tar:
         tar.extractall(tmp / "unpacked")
     return backend("build_wheel", next((tmp / "unpacked").iterdir()), tmp)
 
 
-def runtime_closure() -> dict:
-    "The distributions that `pip install ddpm_course` would bring, by name, from what is installed here."
-    found, todo = {}, [(Requirement(r), frozenset()) for r in CFG["requirements"].split()]
-    while todo:
-        req, extras = todo.pop()
-        if req.marker and not any(req.marker.evaluate({"extra": e}) for e in (*extras, "")):
-            continue
-        name, wanted = canonicalize_name(req.name), frozenset(req.extras)
-        if wanted <= found.get(name, (None, None))[1] if name in found else False:
-            continue
-        dist = md.distribution(req.name)
-        found[name] = (dist, wanted | (found[name][1] if name in found else frozenset()))
-        todo += [(Requirement(r), wanted) for r in dist.requires or []]
-    return {name: dist for name, (dist, _) in found.items()}
-
-
 @pytest.fixture(scope="module")
 def clean(wheel, tmp_path_factory) -> Path:
     "A new environment with the wheel and links to its declared requirements, and to nothing else that is installed here."
-    env = tmp_path_factory.mktemp("clean") / "venv"
-    venv.create(env, with_pip=False, symlinks=os.name != "nt")
-    python = env / ("Scripts" if os.name == "nt" else "bin") / "python"
-    site = Path(subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-                               capture_output=True, text=True, check=True).stdout.strip())
-    for dist in runtime_closure().values():
-        for name in {f.parts[0] for f in dist.files or [] if f.parts[0] not in ("..", "__pycache__") and f.suffix != ".pth"}:
-            source = Path(dist.locate_file(name))
-            if source.exists() and not (site / name).exists():
-                (site / name).symlink_to(source, target_is_directory=source.is_dir())
-    done = subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-index", "--no-deps",
-                           "--disable-pip-version-check", wheel], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return python
+    return clean_environment(tmp_path_factory.mktemp("clean") / "venv", wheel)
 
 
 def outside(command: list, cwd: Path, **env) -> subprocess.CompletedProcess:
     "Run in an empty folder with an empty home, and nothing of this environment."
-    home = cwd.parent / "home"
-    home.mkdir(exist_ok=True)
-    keep = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "DDPM", "JUPYTER", "VIRTUAL_ENV", "IN_TEST", "XDG"))}
-    return subprocess.run(list(map(str, command)), cwd=cwd, env={**keep, "HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1", **env},
-                          capture_output=True, text=True)
+    env = alone(cwd.parent / "home") | {"PYTHONDONTWRITEBYTECODE": "1"} | env
+    return subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True)
 
 
 def test_wheel_holds_every_module_and_data_file_and_nothing_else(wheel):
@@ -129,7 +75,7 @@ def test_metadata_comes_from_settings(wheel):
     assert f"{LIB} = {LIB}.cli:main" in scripts
     body = m.get_payload()
     if (ROOT / "README.md").exists():
-        assert not re.findall(r"\]\((?!https?:|mailto:|#)[^)]+\)", body), "links in the readme would be dead on PyPI"
+        assert not re.findall(r"\]\((?!https?:|mailto:|#)[^)]+\)|\bsrc(?:set)?=\"(?!https?:)", body), "links in the readme would be dead on PyPI"
 
 
 IMPORT_ALL = r"""
@@ -314,7 +260,7 @@ def test_badges_of_the_readme_lead_to_notebooks():
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_relative_links_lead_somewhere(name):
     text = (ROOT / name).read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", text) + re.findall(r'<img[^>]*\bsrc="(?!https?:)([^"]+)"', text)
+    links = re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", text) + re.findall(r'<(?:img|source)[^>]*\bsrc(?:set)?="(?!https?:)([^"]+)"', text)
     assert not [link for link in links if not (ROOT / link).exists()]
 
 

@@ -1,6 +1,5 @@
 """The website: complete, without a request to another host, readable on a phone, and with controls that move without a kernel."""
 import re
-import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -10,8 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = sorted(p.stem for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
-CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
-PAGES = ["index", "02_forward", "glossary", "syllabus", "api/process"]
+PAGES = ["index", "part-1", "02_forward", "97_pretrained", "glossary", "syllabus", "api/process"]
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +61,6 @@ def test_every_name_in_the_glossary_exists():
     for lesson in re.findall(r"\]\((\w+\.ipynb)\)", text): assert (ROOT / "nbs" / lesson).exists(), lesson
 
 
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None: pytest.skip("no Chromium here")
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"])
-        yield chromium
-        chromium.close()
-
-
 def opened(browser, site, name, width=1200, scheme="light"):
     page, asked = browser.new_context(viewport=dict(width=width, height=900), color_scheme=scheme).new_page(), []
     page.on("request", lambda r: asked.append(r.url))
@@ -83,11 +71,12 @@ def opened(browser, site, name, width=1200, scheme="light"):
 
 
 @pytest.mark.parametrize("name", PAGES)
-@pytest.mark.parametrize("width, scheme", [(1200, "light"), (375, "dark")])
-def test_a_page_fits_the_screen_and_asks_nobody(site, browser, name, width, scheme):
+@pytest.mark.parametrize("width, scheme", [(1200, "light"), (1200, "dark"), (375, "dark"), (375, "light")])
+def test_a_page_fits_the_screen_and_asks_nobody(site, browser, shots, name, width, scheme):
     page, asked = opened(browser, site, name, width, scheme)
     assert asked == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width + 1
+    page.screenshot(path=shots / f"site-{name.replace('/', '-')}-{width}-{scheme}.png")
     page.context.close()
 
 
@@ -109,10 +98,45 @@ def test_a_control_moves_by_keyboard_without_a_kernel(site, browser):
     page.context.close()
 
 
+def test_the_film_runs_stops_and_waits_where_less_motion_is_wanted(site, browser):
+    page, _ = opened(browser, site, "index")
+    film, button = page.locator("#film figure img"), page.locator("#film button")
+
+    def moves():
+        before = film.get_attribute("src")
+        page.wait_for_timeout(600)
+        return film.get_attribute("src") != before
+
+    assert moves() and button.inner_text() == "pause"
+    button.focus()
+    page.keyboard.press("Enter")
+    assert not moves() and button.inner_text() == "play"
+    page.context.close()
+    page = browser.new_context(reduced_motion="reduce").new_page()
+    page.goto((site / "index.html").as_uri())
+    film = page.locator("#film figure img")
+    assert not moves()
+    page.locator("#film button").click()
+    assert moves()
+    page.context.close()
+
+
+def test_the_site_can_be_walked_with_the_keyboard(site, browser):
+    page, _ = opened(browser, site, "02_forward")
+    seen = []
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        seen.append(page.evaluate("(() => { const e = document.activeElement; return e.innerText?.trim() || e.getAttribute('aria-label') || e.title || e.placeholder || e.tagName })()"))
+    assert len(set(seen)) > 20 and any("Skip to main content" in s for s in seen), seen  # nothing holds the focus
+    assert page.locator("a.left-prev").count() and page.locator("a.right-next").count()
+    page.context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", PAGES)
-def test_no_serious_barrier(site, browser, name):
+def test_no_serious_barrier(site, browser, name, scheme):
     from axe_playwright_python.sync_playwright import Axe
-    page, _ = opened(browser, site, name)
+    page, _ = opened(browser, site, name, scheme=scheme)
     found = [v for v in Axe().run(page).response["violations"] if v["impact"] in ("serious", "critical")]
     assert not found, [(v["id"], v["nodes"][0]["html"][:200]) for v in found]
     page.context.close()

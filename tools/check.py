@@ -1,11 +1,12 @@
 """All that `make test` checks, in order; stops at the first stage that fails. The working copy is not changed.
 
-usage: python tools/check.py [export] [clean] [ruff] [lessons] [pytest]      no name: all of them
+usage: python tools/check.py [export] [clean] [ruff] [lessons] [anywhere] [pytest]      no name: all of them
 
     export    ddpm_course/ is what nbdev_export makes of the notebooks
     clean     the notebooks are what nbdev_clean leaves of them (outputs stay)
     ruff      ruff check .
     lessons   OMP_NUM_THREADS=1 WANDB_MODE=offline nbdev_test --n_workers 2
+    anywhere  each notebook by itself: wheel, clean environment, empty folder, no network (tools/anywhere.py)
     pytest    pytest tests
 """
 import difflib
@@ -120,11 +121,16 @@ def check_lessons() -> bool:
     return good
 
 
+def check_anywhere() -> bool:
+    return command("python", str(ROOT / "tools/anywhere.py"), "--workers", str(WORKERS), "--without-training").returncode == 0
+
+
 def check_pytest() -> bool:
-    return command("pytest", "-q", "--durations=5", "tests").returncode == 0
+    return command("pytest", "-q", "--durations=5", "--shots", ".pytest_cache/shots", "tests").returncode == 0
 
 
-STAGES = {"export": check_export, "clean": check_clean, "ruff": check_ruff, "lessons": check_lessons, "pytest": check_pytest}
+STAGES = {"export": check_export, "clean": check_clean, "ruff": check_ruff, "lessons": check_lessons, "anywhere": check_anywhere,
+          "pytest": check_pytest}
 
 
 def main(names: list) -> int:

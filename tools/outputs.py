@@ -1,9 +1,10 @@
 """Run lessons to the end in fresh kernels and store their outputs in the notebooks.
 
-usage: python tools/outputs.py [--flags slow,cuda,network] [--cwd FOLDER] [--timeout SECONDS] NOTEBOOK...
+usage: python tools/outputs.py [--flags slow,cuda,network] [--only TEXT] [--cwd FOLDER] [--timeout SECONDS] NOTEBOOK...
 
 The size of a run is DDPM_COURSE_TIER (cpu if unset; ci is refused, because stored outputs come from real runs). Cells that
 nbdev_test would skip are skipped here too and keep what they show. Nothing is stored for a notebook that fails.
+--only runs the set-up cell and the cells that contain TEXT, such as 'check("', and leaves the others as they are.
 """
 import argparse
 import json
@@ -43,9 +44,11 @@ class QuietOutput(OutputWidget):
 class ThisPython(AsyncKernelManager):
     "A kernel of the running interpreter, whatever kernel specifications the user has."
 
+    executable = sys.executable
+
     @property
     def kernel_spec(self):
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=40"]
+        argv = [self.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=40"]
         return KernelSpec(argv=argv, display_name="python3", language="python")
 
 
@@ -108,12 +111,13 @@ def readable(outputs: list, replacements: list) -> list:
     return kept
 
 
-def run(path: Path, flags: set, cwd: Path, timeout: float, replacements: list) -> dict:
+def run(path: Path, flags: set, cwd: Path, timeout: float, replacements: list, only: str = "") -> dict:
     "Execute the notebook; its JSON with new outputs. Raises what nbclient raises."
     before = path.read_text(encoding="utf-8")
     nb = nbformat.reads(before, 4)
     for cell in nb.cells:
-        if cell.cell_type == "code" and skipped(cell.source, flags):
+        others = only and only not in cell.source and "except ImportError" not in cell.source
+        if cell.cell_type == "code" and (others or skipped(cell.source, flags)):
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), SKIP]
     end = time.monotonic() + timeout
     client = NotebookClient(nb, timeout_func=lambda cell: max(1, int(end - time.monotonic())), kernel_manager_class=ThisPython,
@@ -121,7 +125,7 @@ def run(path: Path, flags: set, cwd: Path, timeout: float, replacements: list) -
     client.widget_registry = {"@jupyter-widgets/output": {"OutputModel": QuietOutput}}
     client.execute()
     for cell in nb.cells:
-        if cell.cell_type == "code":
+        if cell.cell_type == "code" and SKIP not in cell.metadata.get("tags", []):
             cell.outputs = [] if "nbdev_export(" in cell.source else [
                 nbformat.from_dict(o) for o in readable(cell.outputs, replacements)]
     if path.read_text(encoding="utf-8") != before:
@@ -156,6 +160,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="+", type=Path, metavar="NOTEBOOK")
     parser.add_argument("--flags", default="", help="also run cells with these flags: slow,cuda,network")
+    parser.add_argument("--only", default="", metavar="TEXT", help="run only the set-up cell and the cells that contain this")
     parser.add_argument("--cwd", type=Path, help="run in this folder instead of a new empty one")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one notebook")
     args = parser.parse_args()
@@ -188,7 +193,7 @@ def main() -> int:
                 (os.environ.get("DDPM_COURSE_DATA") or "\0", "data"), (str(ROOT), "."), (str(Path.home()), "~")]
             places = [(old.rstrip("/\\"), new) for old, new in places if old.strip("/\\")]
             try:
-                doc = run(path, flags, cwd, args.timeout, places)
+                doc = run(path, flags, cwd, args.timeout, places, args.only)
             except Exception as e:  # an error in a cell, a timeout, a kernel that died: report it, go on with the next
                 bad.append(path.name)
                 print(f"FAIL {path.name}: {time.time() - start:.1f} s, nothing stored\n{type(e).__name__}: {shortened(e)}\n", flush=True)

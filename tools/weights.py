@@ -2,10 +2,14 @@
 
 usage: python tools/weights.py NAME...          (make weights NAME=mnist)
 
+NAME `lessons` trains nothing: it takes what the lessons kept in the course's cache folder when they were run to the end in the cpu tier
+(make outputs), so that a learner who skips a training cell has weights. Experiments with many networks (06c, 09b) are left out.
+
 A training that was interrupted goes on from its last checkpoint in runs/weights-NAME. The classifiers come first: a model's
 metrics are what the classifier of its data set reads. Everything is seeded; the same machine gives the same weights.
 """
 import argparse
+import re
 import subprocess
 import time
 from datetime import date
@@ -15,15 +19,16 @@ import torch
 
 from ddpm_course import __version__
 from ddpm_course.checkpoint import read_json, write_json
-from ddpm_course.core import choose, default_device
+from ddpm_course.core import cache_folder, choose, default_device
 from ddpm_course.data import get_dls
 from ddpm_course.evaluation import classifier_for, fid, label_accuracy, test_accuracy, train_classifier
-from ddpm_course.pretrained import manifest, weights_folder, write_pretrained
+from ddpm_course.pretrained import manifest, read_pretrained, weights_folder, write_pretrained
 from ddpm_course.training import Diffusion
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = dict(digits=dict(img_size=16), shapes=dict(img_size=32), mnist=dict(img_size=32))
 EPOCHS = dict(digits=100, shapes=4, mnist=4)  # passes over the training split
+LEFT_OUT = re.compile(r"08-|09b-|06c-(?!(cut-UNet|LightUNet)-0)")  # 08: load_pretrained has it
 SEED, SAMPLES, STEPS, GUIDANCE = 0, 1000, 20, 2.0
 
 
@@ -70,10 +75,20 @@ def diffusion(data: str):
     return diff.ema_model.state_dict(), diff.config, facts(data, seconds, **numbers)
 
 
+def lessons(shelf: Path, into: Path):
+    "Copy what lessons kept into the package."
+    for name, entry in manifest(shelf).items():
+        if LEFT_OUT.match(name): continue
+        _, weights = read_pretrained(name, shelf)
+        new = write_pretrained(name, weights, entry["config"], into, **facts(name, 0) | dict(command=f"make outputs NB='nbs/{name.split('-')[0]}_*.ipynb'", seconds=None))
+        print(f"{into / new['file']}: {new['bytes'] / 2**20:.2f} MB")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", metavar="NAME")
     names = parser.parse_args().names
+    if names == ["lessons"]: return lessons(cache_folder() / "kept" / "cpu", weights_folder() / "lessons")
     recipes = {f"classifier-{d}": (classifier, d) for d in DATA} | {d: (diffusion, d) for d in DATA}
     for name in names:
         choose(name, recipes, "model")

@@ -1,0 +1,31 @@
+"""What the browser tests share: Chromium, and a folder for their screenshots."""
+import shutil
+from pathlib import Path
+
+import pytest
+
+CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
+ARGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-sync", "--disable-component-update",
+        "--no-first-run"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shots", metavar="FOLDER", help="keep the screenshots of the browser tests here")
+
+
+@pytest.fixture(scope="session")
+def shots(request, tmp_path_factory) -> Path:
+    "Where screenshots go: outside git."
+    folder = Path(request.config.getoption("--shots") or tmp_path_factory.mktemp("shots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")  # as long as it is open, no other test can run an event loop
+def browser():
+    if CHROMIUM is None: pytest.skip("no Chromium here")
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=ARGS)
+        yield chromium
+        chromium.close()
