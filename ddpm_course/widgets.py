@@ -31,7 +31,7 @@ def png(
     from PIL import Image
     if isinstance(drawn, bytes): return drawn
     if isinstance(drawn, Tensor):
-        image = Image.fromarray(grid(drawn, cols).repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).numpy())
+        image = Image.fromarray(grid(drawn, min(cols, len(drawn))).repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).numpy())
     else: image = _figure(drawn, dpi)
     file = io.BytesIO()
     image.quantize(128, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
@@ -39,13 +39,15 @@ def png(
 
 def _figure(drawn, dpi):
     import matplotlib.pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
     if drawn is None and not plt.get_fignums(): raise ValueError("the function drew nothing: let it end with a figure or with images")
     figure = plt.gcf() if drawn is None else getattr(drawn, "figure", drawn)
-    file = io.BytesIO()
-    figure.savefig(file, dpi=dpi, format="png", pil_kwargs=dict(compress_level=1))  # it is compressed well below
     plt.close(figure)
-    return Image.open(file).convert("RGB")
+    figure.dpi = dpi
+    canvas = FigureCanvasAgg(figure)  # `savefig` would draw twice where there is a layout
+    canvas.draw()
+    return Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
 
 # %% ../nbs/90_widgets.ipynb #6ba841f8
 _LEFT = {}  # name of a control -> settings that the learner left
@@ -340,7 +342,7 @@ def schedule_designer(
     def draw(schedule, beta_start, beta_end, offset):
         road = DDPM(schedule=schedule, **(dict(offset=offset) if schedule == "cosine" else dict(beta_start=beta_start, beta_end=beta_end)))
         put(road.add_noise(x0, t, noise))
-        line.set_ydata(road.abar); dots.set_ydata(road.abar[t])
+        line.set_ydata(road.abar.numpy()); dots.set_ydata(road.abar[t].numpy())
         left.set_title(f"abar ends at {road.abar[-1]:.2g}: {road.alpha(1000):.1%} of the brightness is left. t = {', '.join(map(str, shown))}", fontsize=9)
         return figure
     return explore(draw, name=name, schedule=["linear", "cosine"], beta_start=beta_start, beta_end=beta_end, offset=offset,
@@ -491,10 +493,10 @@ def ema_horizon(
     def draw(horizon):
         beta, mean = 1 - 1 / horizon, means[horizon]
         share = (1 - beta) * beta ** k.double()
-        age.set_ydata(share); left.set(ylim=(0, 1.05 * share[0].item())); left.set_title(f"horizon {horizon}, beta = {beta:.6g}", fontsize=9)
+        age.set_ydata(share.numpy()); left.set(ylim=(0, 1.05 * share[0].item())); left.set_title(f"horizon {horizon}, beta = {beta:.6g}", fontsize=9)
         way.set_data(*mean.T)
         if samples: put(samples[horizon])
-        else: line.set_ydata(mean[:, 0])
+        else: line.set_ydata(mean[:, 0].numpy())
         return figure
     return explore(draw, name=name, horizon=list(means), start=dict(horizon=min(means, key=lambda h: abs(h - horizon))), still=dict(horizon=still or list(means)))
 
