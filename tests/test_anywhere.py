@@ -42,7 +42,7 @@ def stage(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("stage")
     made = [
         notebook(tmp / "good.ipynb", "import os\nassert os.listdir() == ['good.ipynb'] and os.environ['DDPM_COURSE_TIER'] == 'ci' and 'DDPM_COURSE_DATA' not in os.environ",
-                 "from ddpm_course.core import by_tier\nfrom ipywidgets import IntSlider, interact\ninteract(print, t=IntSlider(1, 0, 3))", "#| slow\n1 / 0",
+                 "from ddpm_course.core import by_tier\nfrom ipywidgets import IntSlider, interact\ndef show(t): print(t)\ninteract(show, t=IntSlider(1, 0, 3))", "#| slow\n1 / 0",
                  "import socket\nwith socket.create_server(('127.0.0.1', 0)) as s: socket.create_connection(s.getsockname()).close()"),
         notebook(tmp / "repository.ipynb", "open('../settings.ini')"),
         notebook(tmp / "neighbour.ipynb", "open('good.ipynb')"),
