@@ -136,7 +136,7 @@ def film() -> nbformat.NotebookNode:
     player = still_html(Explore(lambda picture: frames[picture], name="from digits to noise, and from noise to digits", picture=range(len(frames)), play=True))
     said = "Noise is mixed into ten digits; then a network takes it away again, and other digits appear."
     html = f'<div id="film">{player}<p>{said}</p></div>'
-    return nbformat.v4.new_code_cell("", metadata=dict(tags=["remove-input"]), outputs=[nbformat.v4.new_output("display_data", {"text/html": html})])
+    return nbformat.v4.new_code_cell("film", metadata=dict(tags=["remove-input"]), outputs=[nbformat.v4.new_output("display_data", {"text/html": html})])
 
 
 def prepare(out: Path):
