@@ -26,6 +26,7 @@ def png(
     scale: int = 4,  # every pixel of images becomes scale x scale
     dpi: int = 80,  # of figures
     cols: int = 8,  # images per row
+    colours: int = 128,  # of the file, at most 256; fewer make it smaller
 ) -> bytes:  # ValueError if there is nothing to see
     "What a function drew, as a small PNG file; an open figure is closed."
     from PIL import Image
@@ -34,7 +35,7 @@ def png(
         image = Image.fromarray(grid(drawn, min(cols, len(drawn))).repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).numpy())
     else: image = _figure(drawn, dpi)
     file = io.BytesIO()
-    image.quantize(128, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    image.quantize(colours, dither=Image.Dither.NONE).save(file, "PNG")
     return file.getvalue()
 
 def _figure(drawn, dpi):
@@ -67,12 +68,13 @@ class Explore:
         still: dict | None = None,  # fewer values for the face without a kernel: name -> list
         play: bool = False,  # a button that lets the first setting run
         click: tuple | None = None,  # (horizontal, vertical): settings that a click into the picture chooses
+        colours: int = 128,  # of each picture; fewer make it smaller
         panels: int = 1,  # equal parts side by side, for a click
         take=None,  # take(bytes): draw from this file of the learner's from now on; its ValueError is shown to the learner
         shares=None,  # shares(**settings) -> (alpha, sigma): without a kernel, the browser mixes the learner's picture and noise so
         **settings,  # name -> values, a list or range
     ):  # ValueError for a setting without values, a start that is none of them
-        self.draw, self.play, self.click, self.panels, self.shares, self.drawn = draw, play, click, panels, shares, {}
+        self.draw, self.play, self.click, self.colours, self.panels, self.shares, self.drawn = draw, play, click, colours, panels, shares, {}
         self.settings = {k: list(v) for k, v in settings.items()}
         if not self.settings or not all(self.settings.values()): raise ValueError("give each setting its values, such as t=range(0, 1001, 50)")
         if click and not all(isinstance(v, (int, float)) for k in click for v in self.settings.get(k, [""])): raise ValueError(f"a click chooses numbers, of two of the settings, not {click}")
@@ -89,7 +91,7 @@ class Explore:
     def picture(self, **settings) -> bytes:
         "The PNG for these settings; drawn once."
         key = tuple(settings[k] for k in self.settings)
-        if key not in self.drawn: self.drawn[key] = png(self.draw(**settings))
+        if key not in self.drawn: self.drawn[key] = png(self.draw(**settings), colours=self.colours)
         return self.drawn[key]
 
     def take(self, data: bytes):  # ValueError if it is of no use; then nothing has changed
@@ -239,7 +241,7 @@ def redraw_ms(
     taken = []
     for values in combinations[:: max(len(combinations) // n, 1)][:n]:
         start = time.perf_counter()
-        png(e.draw(**dict(zip(e.settings, values))))
+        png(e.draw(**dict(zip(e.settings, values))), colours=e.colours)
         taken.append(1000 * (time.perf_counter() - start))
     return sorted(taken)[len(taken) // 2]
 
@@ -247,7 +249,9 @@ def redraw_ms(
 def _axes(width, height, **kw):  # a figure that pyplot does not know, and its axes
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(squeeze=False, **kw)[0]
+    axs = figure.subplots(squeeze=False, **kw)[0]
+    for ax in axs: ax.locator_params(nbins=4); ax.tick_params(labelsize=7)  # labels take most of the time
+    return figure, axs
 
 def _fixed(figure):  # the layout is found once: that takes longer than drawing
     figure.draw_without_rendering()
@@ -291,7 +295,7 @@ def noise_slider(
     schedules=("linear", "cosine", "sigmoid"),  # names of DDPM's schedules, or name -> process
     t: int = 300,  # at first
     ts=range(0, 1001, 10),  # times to choose from
-    still=(0, 50, 150, 300, 450, 600, 800, 1000),  # and on a page
+    still=(0, 50, 150, 300, 450, 650, 1000),  # and on a page
     seed: int = 0,  # of the noise
     name: str = "noise at time t",
 ) -> Explore:
@@ -302,7 +306,7 @@ def noise_slider(
     now, noise = dict(x0=x0), _normal((len(x0), 3, *x0.shape[2:]), seed)
     figure, (left, middle, right) = _axes(8, 1.9, ncols=3, width_ratios=(1 + len(x0), 2.5, 2.5))
     put = _images(left, x0, len(x0))
-    for ax, title in ((middle, "abar"), (right, "SNR in dB")): ax.set_title(title, fontsize=9); ax.tick_params(labelsize=7)
+    for ax, title in ((middle, "abar"), (right, "SNR in dB")): ax.set_title(title, fontsize=9)
     def decibels(road, t): return 10 * road.snr(t).log10()
     lines = {k: (middle.plot(along, road.alpha(along) ** 2, label=k)[0], right.plot(along, decibels(road, along))[0]) for k, road in roads.items()}
     dots = middle.plot([0], [1], "ko")[0], right.plot([0], [0], "ko")[0]
@@ -317,7 +321,7 @@ def noise_slider(
         return figure
     def take(data): now["x0"] = as_images(data, x0.shape[2]).expand(len(x0), -1, -1, -1)
     def shares(t, schedule): return roads[schedule].alpha(t), roads[schedule].sigma(t)
-    return explore(draw, name=name, t=ts, schedule=list(roads), start=dict(t=t), still=dict(t=still), take=take, shares=shares)
+    return explore(draw, name=name, t=ts, schedule=list(roads), start=dict(t=t), still=dict(t=still), colours=32, take=take, shares=shares)
 
 # %% ../nbs/90_widgets.ipynb #0b2059ea
 def schedule_designer(
@@ -337,7 +341,7 @@ def schedule_designer(
     put = _images(left, x0, len(shown))
     for kind in ("linear", "cosine"): right.plot(DDPM(schedule=kind).abar, lw=0.6)
     line, = right.plot(DDPM().abar, "k", lw=2); dots, = right.plot(t, t * 0, "ko", ms=3)
-    right.set_title("abar", fontsize=9); right.tick_params(labelsize=7); left.set_title("t = ", fontsize=9)
+    right.set_title("abar", fontsize=9); left.set_title("t = ", fontsize=9)
     _fixed(figure)
     def draw(schedule, beta_start, beta_end, offset):
         road = DDPM(schedule=schedule, **(dict(offset=offset) if schedule == "cosine" else dict(beta_start=beta_start, beta_end=beta_end)))
@@ -346,7 +350,7 @@ def schedule_designer(
         left.set_title(f"abar ends at {road.abar[-1]:.2g}: {road.alpha(1000):.1%} of the brightness is left. t = {', '.join(map(str, shown))}", fontsize=9)
         return figure
     return explore(draw, name=name, schedule=["linear", "cosine"], beta_start=beta_start, beta_end=beta_end, offset=offset,
-                   start=dict(beta_end=2e-2 if 2e-2 in beta_end else beta_end[0], offset=0.008 if 0.008 in offset else offset[0]))
+                   start=dict(beta_end=beta_end[-2], offset=offset[1]), still=dict(beta_start=beta_start[::2], beta_end=sorted({*beta_end[::2], beta_end[-2]})), colours=32)
 
 # %% ../nbs/90_widgets.ipynb #26f8148b
 def scrubber(
@@ -356,7 +360,7 @@ def scrubber(
     samplers: dict | None = None,  # name -> step of `sample`, such as partial(euler, eta=1.0); None: euler, ancestral and heun
     n: int = 50,  # steps
     start: int = 0,  # step at first
-    still: int = 9,  # steps on a page
+    still: int = 7,  # steps on a page
     seed: int = 0,  # of the noise that a sampler adds
     name: str = "denoising, step by step",
 ) -> Explore:
@@ -375,7 +379,7 @@ def scrubber(
         put(torch.cat([x_t, x0_hat, x_t - alpha * x0_hat]))
         ax.set_title(f"{sampler}, t = {t[0].item():g}: {alpha.flatten()[0].item():.3f} * image + {sigma.flatten()[0].item():.3f} * noise", fontsize=9)
         return figure
-    return explore(draw, name=name, step=range(n), sampler=list(walks), start=dict(step=start), play=True,
+    return explore(draw, name=name, step=range(n), sampler=list(walks), start=dict(step=start), play=True, colours=16 if x.shape[1] == 1 else 64,
                    still=dict(step=[round(i * (n - 1) / (still - 1)) for i in range(still)]))
 
 # %% ../nbs/90_widgets.ipynb #0c1934f2
@@ -403,7 +407,7 @@ def particles(
     data=None,  # (N,2) points to draw beneath
     bound: float = 3.0,  # what is shown: -bound..bound
     length: float = 9.0,  # an arrow of length 1 is drawn 1/length long
-    still: int = 13,  # steps on a page
+    still: int = 9,  # steps on a page
     name: str = "particles",
 ) -> Explore:
     "Points that flow from noise to data over a field of arrows."
@@ -423,7 +427,7 @@ def particles(
         points.set_offsets(paths[arrows][step].numpy())
         ax.set_title(f"{arrows}: step {step} of {steps}, t = {float(t):g}", fontsize=9)
         return figure
-    return explore(draw, name=name, step=range(steps + 1), arrows=list(paths), play=True, still=dict(step=[round(i * steps / (still - 1)) for i in range(still)]))
+    return explore(draw, name=name, step=range(steps + 1), arrows=list(paths), play=True, colours=16, still=dict(step=[round(i * steps / (still - 1)) for i in range(still)]))
 
 # %% ../nbs/90_widgets.ipynb #fb1a3c16
 @torch.no_grad()
@@ -451,7 +455,7 @@ def attention_viewer(
     maps: dict,  # level -> (heads,h,w,h,w)
     places: int = 16,  # rows and columns to choose from
     still: int = 4,  # on a page
-    side: int = 224,  # of each of the two pictures, in pixels
+    side: int = 176,  # of each of the two pictures, in pixels
     name: str = "attention",
 ) -> Explore:
     "Click a pixel, see what it looks at: the image on the left, the weights on the right, bright is much."
@@ -484,7 +488,7 @@ def ema_horizon(
 ) -> Explore:
     "Raw and averaged weights of a training, and what the average draws."
     means, k = {h: averaged(path, 1 - 1 / h) for h in (samples or horizons)}, torch.arange(len(path))
-    figure, (left, middle, right) = _axes(9, 2.6, ncols=3)
+    figure, (left, middle, right) = _axes(8, 2.4, ncols=3)
     age, = left.plot(k, k * 0.0); left.set(xlabel="steps ago", ylabel="share in the average", xlim=(0, min(len(path), 300)))
     middle.plot(*path.T, lw=0.3, color="0.6"); way, = middle.plot(*path.T, lw=1.5); middle.set(title="two weights: raw, average", xlabel="w1", ylabel="w2")
     if not samples: right.plot(path[:, 0], lw=0.4, color="0.6"); line, = right.plot(path[:, 0]); right.set(xlabel="step", ylabel="w1")
