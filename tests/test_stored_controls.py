@@ -12,6 +12,7 @@ from PIL import Image
 
 from ddpm_course.widgets import LIMIT
 
+CONTROL = re.compile(r"^(explore|noise_slider|schedule_designer|scrubber|guidance_grid|particles|attention_viewer|ema_horizon)\(", re.M)
 LESSONS = sorted(p for p in (Path(__file__).resolve().parent.parent / "nbs").glob("[0-9]*.ipynb") if int(p.stem[:2]) < 17)
 
 
@@ -27,8 +28,8 @@ class Page(HTMLParser):
         a, self.inside = dict(attrs), tag
         self.hosts += [v for k, v in attrs if k in ("src", "href") and not (v or "").startswith("data:")]
         if tag == "img": self.image = a
-        if tag == "select": self.at.append(0); self.counts.append(0)
-        if tag == "input": self.at.append(int(a["value"])); self.counts.append(int(a["max"]) + 1)
+        if tag == "select" and "data-setting" in a: self.at.append(0); self.counts.append(0)
+        if tag == "input" and "data-setting" in a: self.at.append(int(a["value"])); self.counts.append(int(a["max"]) + 1)
         if tag == "option":
             if "selected" in a: self.at[-1] = self.counts[-1]
             self.counts[-1] += 1
@@ -62,7 +63,7 @@ def faults(html):
 
 def controls(notebook):
     "Cells that show a control, and the pages stored for them."
-    cells = [c for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code" and re.search(r"^explore\(", "".join(c["source"]), re.M)]
+    cells = [c for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code" and CONTROL.search("".join(c["source"]))]
     pages = ["".join(o["data"]["text/html"]) for c in cells for o in c["outputs"] if 'class="explore"' in "".join(o.get("data", {}).get("text/html", ""))]
     return cells, pages
 
