@@ -360,7 +360,7 @@ def scrubber(
     samplers: dict | None = None,  # name -> step of `sample`, such as partial(euler, eta=1.0); None: euler, ancestral and heun
     n: int = 50,  # steps
     start: int = 0,  # step at first
-    still: int = 7,  # steps on a page
+    still: int = 5,  # steps on a page
     seed: int = 0,  # of the noise that a sampler adds
     name: str = "denoising, step by step",
 ) -> Explore:
@@ -407,7 +407,7 @@ def particles(
     data=None,  # (N,2) points to draw beneath
     bound: float = 3.0,  # what is shown: -bound..bound
     length: float = 9.0,  # an arrow of length 1 is drawn 1/length long
-    still: int = 9,  # steps on a page
+    still: int = 8,  # steps on a page
     name: str = "particles",
 ) -> Explore:
     "Points that flow from noise to data over a field of arrows."
