@@ -316,12 +316,12 @@ def noise_slider(
         road, at = roads[schedule], torch.tensor([float(t)], dtype=torch.float64)
         put(road.add_noise(now["x0"], at, noise[:, : now["x0"].shape[1]]))
         for dot, y in zip(dots, (road.alpha(at) ** 2, decibels(road, at))): dot.set_data([t], y)
-        for k, pair in lines.items(): [line.set_linewidth(2.5 if k == schedule else 0.6) for line in pair]
+        for k, pair in lines.items(): [line.set_linewidth(2.5 if k == schedule else 1) for line in pair]
         left.set_title(f"{road.alpha(at).item():.3f} * image + {road.sigma(at).item():.3f} * noise", fontsize=9)
         return figure
     def take(data): now["x0"] = as_images(data, x0.shape[2]).expand(len(x0), -1, -1, -1)
     def shares(t, schedule): return roads[schedule].alpha(t), roads[schedule].sigma(t)
-    return explore(draw, name=name, t=ts, schedule=list(roads), start=dict(t=t), still=dict(t=still), colours=32, take=take, shares=shares)
+    return explore(draw, name=name, t=ts, schedule=list(roads), start=dict(t=t), still=dict(t=still), colours=64, take=take, shares=shares)
 
 # %% ../nbs/90_widgets.ipynb #0b2059ea
 def schedule_designer(
@@ -360,7 +360,7 @@ def scrubber(
     samplers: dict | None = None,  # name -> step of `sample`, such as partial(euler, eta=1.0); None: euler, ancestral and heun
     n: int = 50,  # steps
     start: int = 0,  # step at first
-    still: int = 7,  # steps on a page
+    still: int = 5,  # steps on a page
     seed: int = 0,  # of the noise that a sampler adds
     name: str = "denoising, step by step",
 ) -> Explore:
@@ -407,7 +407,7 @@ def particles(
     data=None,  # (N,2) points to draw beneath
     bound: float = 3.0,  # what is shown: -bound..bound
     length: float = 9.0,  # an arrow of length 1 is drawn 1/length long
-    still: int = 9,  # steps on a page
+    still: int = 8,  # steps on a page
     name: str = "particles",
 ) -> Explore:
     "Points that flow from noise to data over a field of arrows."
