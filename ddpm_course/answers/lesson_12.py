@@ -21,7 +21,7 @@ several("12.1", "A careless spread", "Fill in the dictionary.",
          "target at level 80": ("half", "c_skip is 0: the target is x0 / c_out, and c_out is what you believe sd to be")},
         "It is off by a factor, never by powers of ten: preconditioning forgives a careless spread.")
 
-# %% ../../nbs/answers/lesson_12.ipynb #3ccd16a6
+# %% ../../nbs/answers/lesson_12.ipynb #34ac93c3
 def lognormal_times(process, n, p_mean=-1.2, p_std=1.2, generator=None):
     return time_of(process, (p_mean + p_std * torch.randn(n, generator=generator)).exp())
 
@@ -29,7 +29,7 @@ def _draw(n, g): return torch.randn(n, generator=g)
 
 @exercise("12.2", "Train where EDM trains", "code", lognormal_times, "No answer yet: draw normal numbers, make them levels, ask time_of.",
           [(lambda p, n, *a: lognormal_times(p, 10, *a), "4000"), (lambda p, n, m, s, g: m + s * _draw(n, g), "take exp"), (lambda p, n, m, s, g: (m + s * _draw(n, g)).exp(), "time_of"),
-           (lambda p, n, m, s, g: time_of(p, (m + _draw(n, g)).exp()), "p_std before"), (lambda p, n, m, s, g: time_of(p, (s * _draw(n, g)).exp()), "add p_mean")],
+           (lambda p, n, m, s, g: time_of(p, (m + _draw(n, g)).exp()), "p_std before"), (lambda p, n, m, s, g: time_of(p, (m + s**2 * _draw(n, g)).exp()), "not a variance"), (lambda p, n, m, s, g: time_of(p, (s * _draw(n, g)).exp()), "add p_mean")],
           "The times are floats; DDPM interpolates.")
 def _(f):
     p = DDPM()
@@ -38,6 +38,7 @@ def _(f):
     if (t < 0).any(): return "Times are never negative: a normal number is the logarithm of a level; take exp."
     if t.max() < 10: return "These are levels: ask time_of(process, level) when DDPM has them."
     logs = (p.sigma(t) / p.alpha(t)).log()
+    if abs(logs.std() - 0.25) < 0.03: return "The logarithms spread by 0.25, the square of 0.5: p_std is a standard deviation, not a variance."
     if abs(logs.std() - 0.5) > 0.05: return f"The logarithms spread by {logs.std():.2f}, not 0.5: multiply by p_std before adding p_mean."
     if abs(logs.mean() + 1) > 0.05: return f"The logarithms have mean {logs.mean():.2f}, not -1: add p_mean."
 

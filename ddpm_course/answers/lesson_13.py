@@ -38,16 +38,17 @@ def _(f):
     if near(v): return "That is v; x0 = alpha x_VP - sigma v, eps = sigma x_VP + alpha v, and you need their difference."
     return f"It is wrong by up to {(got - want).abs().max():.2f}: write eps and x0 with x_VP and v, then take eps - x0."
 
-# %% ../../nbs/answers/lesson_13.ipynb #d45d6f72
+# %% ../../nbs/answers/lesson_13.ipynb #a739a6b1
 def my_shift(ts, m): return m * ts / (1 + (m - 1) * ts)
 
 @exercise("13.3", "The timestep shift", "code", my_shift, "Return times, one for each of ts.",
-          [(lambda ts, m: m * ts, "between 0 and 1"), (lambda ts, m: my_shift(ts, 1 / m), "lower"), (lambda ts, m: my_shift(ts, m**0.5), "ratio of variances"), (lambda ts, m: my_shift(ts, m**2), "twice"),
+          [(lambda ts, m: m * ts, "between 0 and 1"), (lambda ts, m: (m * ts / (1 - ts)) / (1 + m * ts / (1 - ts)), "simplify the fraction"), (lambda ts, m: my_shift(ts, 1 / m), "lower"), (lambda ts, m: my_shift(ts, m**0.5), "ratio of variances"), (lambda ts, m: my_shift(ts, m**2), "twice"),
            (lambda ts, m: my_shift(ts, 2), "solve for the time")], "Stable Diffusion 3 uses m = 3 for 1024x1024 images.")
 def _(f):
     ts = torch.linspace(1, 0, 9, dtype=torch.float64)
     got, level = f(ts, 3.0), ts / (1 - ts)
-    if got.shape != ts.shape or (got < -1e-9).any() or (got > 1 + 1e-9).any() or got.isnan().any(): return "Times stay between 0 and 1, and both ends stay where they are."
+    if got.shape == ts.shape and got.isnan().any(): return "At t = 1 the level is infinite, and inf / inf is no number: simplify the fraction first."
+    if got.shape != ts.shape or (got < -1e-9).any() or (got > 1 + 1e-9).any(): return "Times stay between 0 and 1, and both ends stay where they are."
     near = lambda level: torch.allclose(got[1:-1], level[1:-1] / (1 + level[1:-1]), atol=1e-6)
     if near(level / 3): return "The levels became 3 times lower: multiply, don't divide."
     if near(level * 3**0.5): return "The SNR is a ratio of variances; here the level sigma / alpha itself is multiplied."

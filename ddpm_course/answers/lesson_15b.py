@@ -18,23 +18,24 @@ several("15b.1", "An alarm for high cost", "Fill in the dictionary.",
          "black": (False, "it costs less than any digit: an alarm for high cost stays silent"), "upside down": (False, "strokes stay strokes; look at the picture of costs")},
         "The alarm finds what is hard to predict, not what is foreign.")
 
-# %% ../../nbs/answers/lesson_15b.ipynb #e27352a6
-def usual(cost, train_costs):
-    middle = train_costs.median()
+# %% ../../nbs/answers/lesson_15b.ipynb #fcbc291e
+def usual(cost, train_costs, centre=torch.median):
+    middle = centre(train_costs)
     return ((train_costs - middle).abs() >= (cost - middle).abs()[:, None]).float().mean(1)
 
 @exercise("15b.2", "Too cheap is suspicious too", "code", usual, "No answer yet: compare distances from train_costs.median().",
-          [(lambda c, t: (t >= c[:, None]).float().mean(1), "one-sided"), (lambda c, t: 1 - usual(c, t), "other way"), (lambda c, t: len(t) * usual(c, t), "a share"), (lambda c, t: usual(c, t).mean(), "(5,)"),
+          [(lambda c, t: (t >= c[:, None]).float().mean(1), "one-sided"), (lambda c, t: 1 - usual(c, t), "other way"), (lambda c, t: usual(c, t, torch.mean), "the mean"), (lambda c, t: len(t) * usual(c, t), "a share"), (lambda c, t: usual(c, t).mean(), "(5,)"),
            (lambda c, t: usual(c, t) ** 2, "8 of 11")], "A test of typicality (Nalisnick et al. 2019). Upside-down digits still pass: they cost what digits cost.")
 def _(f):
-    known, cost = torch.arange(1.0, 12), torch.tensor([6.0, 8.0, 4.0, 0.0, 30.0])
-    got, right = f(cost, known), torch.tensor([1.0, 8 / 11, 8 / 11, 0.0, 0.0])
+    known, cost = torch.tensor([*range(1, 11), 40]).float(), torch.tensor([6.0, 8.0, 4.0, 0.0, 60.0])
+    got, right = f(cost, known), torch.tensor([1.0, 8 / 11, 8 / 11, 1 / 11, 0.0])
     if got.shape != (5,): return f"One number per image, (5,), not {tuple(got.shape)}."
     if torch.allclose(got, right): return None
+    if torch.allclose(got, usual(cost, known, torch.mean)): return "That is measured from the mean, which a single dear image moves: take the median."
     if torch.allclose(got, 1 - right): return "The other way round: count the training costs that are at least as far away."
-    if got[3] == 1 or got[4] == 1: return "One-sided: a cost that is far too low, or far too high, must get 0; take distances from the median."
     if torch.allclose(got, right * 11): return "It should be a share, not a number: divide by how many there are."
-    return f"For a cost of 8 and training costs 1 to 11: 8 of 11 are at least 2 away from the median 6, not {got[1]:.2f}."
+    if got[3] == 1 or got[4] == 1: return "One-sided: a cost that is far too low is as unusual as one that is far too high; take distances from the median."
+    return f"For a cost of 8 and training costs 1 to 10 and 40: 8 of 11 are at least 2 away from the median 6, not {got[1]:.2f}."
 
 # %% ../../nbs/answers/lesson_15b.ipynb #e036b5a0
 def blend(z, w): return torch.tensordot(w, z, 1) / w.norm()
