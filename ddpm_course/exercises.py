@@ -120,7 +120,7 @@ def _filled(f):  # the learner's function; nothing returned is nothing written
 def _raised(error):  # what to say about an error: the learner's line, if it came from one
     home = (str(Path(sys.modules["ddpm_course"].__file__).parent), sys.prefix, sys.base_prefix)
     own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(home)]
-    where = f"line {own[-1].lineno} of your code" + (f", {own[-1].line}," if own[-1].line else "") if own else "using what you gave"
+    where = f"Line {own[-1].lineno} of your code" + (f", {own[-1].line}," if own[-1].line else "") if own else "Using what you gave"
     return f"{where} raised {type(error).__name__}: {error}"
 
 def graded(
@@ -133,7 +133,7 @@ def graded(
     try: hint = e.grade(_filled(answer) if plain else answer)
     except _Blank: hint = e.blank
     except Exception as error: hint = _raised(error)
-    return Verdict(True, f"Right. {e.why}".strip()) if hint is None else Verdict(False, hint[0].upper() + hint[1:])
+    return Verdict(True, f"Right. {e.why}".strip()) if hint is None else Verdict(False, hint)
 
 def three_ways(
     e: Exercise,
