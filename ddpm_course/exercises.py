@@ -45,7 +45,8 @@ def exercise(
     "Register an exercise with the function that grades it."
     choose(kind, KINDS, "kind of exercise")
     def register(grade):
-        if key in FOUND and FOUND[key].grade.__module__ != grade.__module__: raise ValueError(f"there are two exercises {key}")
+        homes = {g.__module__ for g in (grade, FOUND[key].grade if key in FOUND else grade)}
+        if len({h for h in homes if ".answers." in h}) > 1: raise ValueError(f"there are two exercises {key}")  # in a notebook it may come again
         FOUND[key] = Exercise(key, title, kind, grade, solution, blank, mistakes, why, returns)
         return grade
     return register

@@ -97,6 +97,21 @@ def test_a_number_can_come_as_a_tensor_or_not_at_all():
     for odd in ("four", [1, 2], {}, torch.zeros(3)): assert "number" in graded(find("02.2"), odd).text
 
 
+def test_an_exercise_has_one_home_but_a_notebook_may_say_it_again():
+    kept = FOUND["02.2"]
+    def again(module):
+        def grade(answer): return None
+        grade.__module__ = module
+        exercises.exercise("02.1", "again", "code", 1, "blank", [])(grade)
+    first = FOUND["02.1"]
+    try:
+        again("__main__")
+        FOUND["02.1"] = first
+        with pytest.raises(ValueError, match="two exercises 02.1"): again("ddpm_course.answers.lesson_99")
+    finally: FOUND["02.1"] = first
+    assert FOUND["02.2"] is kept
+
+
 def run(folder: Path, *args: str, text: str = ""):
     env = os.environ | {"DDPM_COURSE_PROGRESS": str(folder / "progress.json")}
     return subprocess.run([sys.executable, "-m", "ddpm_course.cli", "progress", *args], capture_output=True, text=True, env=env, input=text, cwd=folder)
