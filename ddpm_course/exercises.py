@@ -7,12 +7,10 @@ __all__ = ['KINDS', 'FOUND', 'Exercise', 'exercise', 'number', 'choice', 'severa
            'progress_file', 'done', 'all_exercises', 'find', 'check', 'Progress', 'progress']
 
 # %% ../nbs/88_exercises.ipynb #12f95715
-import contextlib
 import dataclasses
 import datetime
 import functools
 import importlib
-import json
 import os
 import pkgutil
 import sys
@@ -20,6 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any, Callable
 
+from .checkpoint import CheckpointError, read_json, write_json
 from .core import choose
 
 KINDS = dict(code="code to complete", predict="something to predict", reason="a question")
@@ -156,17 +155,14 @@ def progress_file() -> Path:  # $DDPM_COURSE_PROGRESS, else $XDG_DATA_HOME/ddpm_
 
 def done() -> dict:  # key -> day of the first right answer
     "The exercises that were answered rightly."
-    try: found = json.loads(progress_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}
-    return found if isinstance(found, dict) else {}
+    try: return read_json(progress_file())
+    except CheckpointError: return {}
 
-def _note(key):  # by way of a second file, so that two notebooks never leave half of one
+def _note(key):
     file, noted = progress_file(), done()
     if key in noted: return
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}")
-    part.write_text(json.dumps(noted | {key: str(datetime.date.today())}, indent=1), encoding="utf-8")
-    part.replace(file)
+    write_json(file, noted | {key: str(datetime.date.today())})
 
 def all_exercises() -> dict:  # key -> Exercise, in the order of the lessons
     "Every exercise of the course."
@@ -179,8 +175,12 @@ def find(
     key: str,  # "02.1"
 ) -> Exercise:  # ValueError that lists the exercises of the lesson, or the lessons
     "Look up an exercise."
-    with contextlib.suppress(ModuleNotFoundError): importlib.import_module(f"ddpm_course.answers.lesson_{str(key).split('.')[0]}")
-    same = {k: e for k, e in FOUND.items() if k.split(".")[0] == str(key).split(".")[0]}
+    lesson = str(key).split(".")[0]
+    home = f"ddpm_course.answers.lesson_{lesson}"
+    try: importlib.import_module(home)
+    except ModuleNotFoundError as e:
+        if e.name != home: raise  # the lesson exists, something that it imports does not
+    same = {k: e for k, e in FOUND.items() if k.split(".")[0] == lesson}
     return choose(key, same or all_exercises(), "exercise")
 
 def check(
@@ -198,23 +198,20 @@ def check(
 class Progress:
     "What has been done, lesson by lesson."
     def __init__(self):
-        noted, self.lessons = done(), {}
-        for key, e in all_exercises().items(): self.lessons.setdefault(key.split(".")[0], []).append((e, key in noted))
-
-    def rows(self):  # (lesson, its file, done, all, the next exercise or None)
-        for lesson, found in self.lessons.items():
-            name = importlib.import_module(f"ddpm_course.answers.lesson_{lesson}").LESSON
-            yield lesson, name, sum(right for _, right in found), len(found), next((e for e, right in found if not right), None)
-
-    def total(self): return f"{sum(r[2] for r in self.rows())} of {sum(r[3] for r in self.rows())} exercises done"
+        noted, lessons, self.rows = done(), {}, []  # rows: file of the lesson, done, all, the next exercise or None
+        for key, e in all_exercises().items(): lessons.setdefault(key.split(".")[0], []).append((e, key in noted))
+        for lesson, found in lessons.items():
+            name = sys.modules[f"ddpm_course.answers.lesson_{lesson}"].LESSON
+            self.rows.append((name, sum(right for _, right in found), len(found), next((e for e, right in found if not right), None)))
+        self.total = f"{sum(r[1] for r in self.rows)} of {sum(r[2] for r in self.rows)} exercises done"
 
     def __repr__(self):
-        lines = [f"{name:<20} {'#' * n + '.' * (of - n):<6} {n} of {of}" + (f"   next: {e.key} {e.title}" if e else "") for _, name, n, of, e in self.rows()]
-        return "\n".join([*lines, self.total()])
+        lines = [f"{name:<20} {'#' * n + '.' * (of - n):<6} {n} of {of}" + (f"   next: {e.key} {e.title}" if e else "") for name, n, of, e in self.rows]
+        return "\n".join([*lines, self.total])
 
     def _repr_markdown_(self):
-        lines = [f"| [{name}]({name}.ipynb) | {n} of {of} | {f'{e.key} {e.title}' if e else ''} |" for _, name, n, of, e in self.rows()]
-        return "\n".join(["| lesson | done | next |", "|---|---|---|", *lines, "", f"{self.total()}, noted down on this machine only."])
+        lines = [f"| [{name}]({name}.ipynb) | {n} of {of} | {f'{e.key} {e.title}' if e else ''} |" for name, n, of, e in self.rows]
+        return "\n".join(["| lesson | done | next |", "|---|---|---|", *lines, "", f"{self.total}, noted down on this machine only."])
 
 def progress() -> Progress:
     "What the learner has done so far."

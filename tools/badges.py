@@ -21,10 +21,10 @@ def colab(root: Path, notebook: str) -> str:
 
 def stale(root: Path = ROOT) -> dict:
     "path -> text as it should be, of the files with a badge that leads elsewhere."
-    found = {}
+    found, base = {}, colab(root, "")
     for path in [root / "README.md", *sorted(p for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)]:
         text = path.read_text(encoding="utf-8")
-        right = LINK.sub(lambda m: colab(root, m[1]), text)
+        right = LINK.sub(lambda m: base + m[1], text)
         if right != text: found[path] = right
     return found
 

@@ -3,7 +3,8 @@
 usage: python tools/weights.py NAME...          (make weights NAME=mnist)
 
 NAME `lessons` trains nothing: it takes what the lessons kept in the course's cache folder when they were run to the end in the cpu tier
-(make outputs), so that a learner who skips a training cell has weights. Experiments with many networks (06c, 09b) are left out.
+(make outputs), so that a learner who skips a training cell has weights. Of the
+experiments with many networks (06c, 09b) only 06c's two main ones are taken, and not 08's, whose model ships already.
 
 A training that was interrupted goes on from its last checkpoint in runs/weights-NAME. The classifiers come first: a model's
 metrics are what the classifier of its data set reads. Everything is seeded; the same machine gives the same weights.
