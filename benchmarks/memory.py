@@ -39,8 +39,8 @@ def table(rows: list) -> str:
     header = ["peak memory in GB", *(f"{size}x{size}, batch {batch}" for size, batch in cases)]
     lines = [[f"{NETS[net]}, {dict(train='training step', sample='guided sampling')[what]}", *(cell(net, what, c) for c in cases)]
              for net in NETS for what in ("train", "sample") if any(r["net"] == net for r in rows)]
-    idle = max(r["idle"] for r in rows)
-    return markdown(header, lines) + f"\n\nBefore the first step it is {idle:.1f} GB. {measured_on(rows)}"
+    idle = " to ".join(dict.fromkeys(f"{f(r['idle'] for r in rows):.1f}" for f in (min, max)))
+    return markdown(header, lines) + f"\n\nBefore the first step it is {idle} GB. {measured_on(rows)}"
 
 
 def main(argv=None):

@@ -204,7 +204,7 @@ def test_noise_that_does_not_fit_is_refused():
     (lambda: coupled_pairs(MIX.denoiser(Flow()), Flow(), torch.ones(5, 2).long(), line(3)), "floats"),
     (lambda: straightness(MIX.denoiser(Flow()), Flow(), noise(5, 2), line(3)[:1]), "at least 2 times"),
     (lambda: sample(MIX.denoiser(Flow()), Flow(), noise(5, 2), Flow().steps(0)), "at least 1 step"),
-], ids=str)
+])
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message): call()
 

@@ -7,7 +7,7 @@ usage: python tools/check.py [export] [clean] [ruff] [lessons] [anywhere] [pytes
     ruff      ruff check .
     lessons   OMP_NUM_THREADS=1 WANDB_MODE=offline nbdev_test --n_workers 2
     anywhere  each notebook by itself: wheel, clean environment, empty folder, no network (tools/anywhere.py)
-    pytest    pytest tests
+    pytest    pytest -n 2 --dist loadfile tests
 """
 import difflib
 import os
@@ -126,7 +126,7 @@ def check_anywhere() -> bool:
 
 
 def check_pytest() -> bool:
-    return command("pytest", "-q", "--durations=5", "--shots", ".pytest_cache/shots", "tests").returncode == 0
+    return command("pytest", "-q", "-n", str(WORKERS), "--dist", "loadfile", "--durations=10", "--shots", ".pytest_cache/shots", "tests").returncode == 0
 
 
 STAGES = {"export": check_export, "clean": check_clean, "ruff": check_ruff, "lessons": check_lessons, "anywhere": check_anywhere,
