@@ -78,8 +78,9 @@ def diffusion(data: str):
 
 def lessons(shelf: Path, into: Path):
     "Copy what lessons kept into the package."
+    shipped = manifest(into)
     for name, entry in manifest(shelf).items():
-        if LEFT_OUT.match(name) or manifest(into).get(name, {}).get("sha256") == entry["sha256"]: continue
+        if LEFT_OUT.match(name) or shipped.get(name, {}).get("sha256") == entry["sha256"]: continue
         _, weights = read_pretrained(name, shelf)
         new = write_pretrained(name, weights, entry["config"], into, **facts(name, 0) | dict(command=f"make outputs NB='nbs/{name.split('-')[0]}_*.ipynb'", seconds=None))
         print(f"{into / new['file']}: {new['bytes'] / 2**20:.2f} MB")
