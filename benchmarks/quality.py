@@ -18,16 +18,23 @@ class Quality:
         self.judge = train_classifier(dls, 1, device=args.device) if args.quick else classifier_for(dls, device=args.device)
         self.nets = dict(classifier=self.judge, random=RandomFeatures(dls.shape).to(args.device))
         self.test = {s: extract(net, dls.test.images) for s, net in self.nets.items()}
-        self.train, self.floors = dls.train.images, {}
+        self.train, self.classes, self.floors = dls.train, dls.num_classes, {}
 
     def distances(self, images) -> dict:
         return {s: fid(extract(net, images), self.test[s]) for s, net in self.nets.items()}
 
-    def floor(self, n: int, draws: int = 3) -> dict:
-        "What n real training images reach: mean over a few draws."
+    def real(self, n: int, g) -> torch.Tensor:
+        "n training images, of all classes equally many, as samples are asked for: by chance, more of one class than of another costs distance too."
+        order = torch.randperm(len(self.train.labels), generator=g)
+        y = self.train.labels.cpu()[order]
+        picks = [order[y == k][: len(range(k, n, self.classes))] for k in range(self.classes)] or [order[:n]]
+        return self.train.images[torch.cat(picks).to(self.train.images.device)]
+
+    def floor(self, n: int, draws: int = 10) -> dict:
+        "What n real training images reach: mean over draws."
         if n not in self.floors:
             g = torch.Generator().manual_seed(0)
-            drawn = [self.distances(self.train[torch.randperm(len(self.train), generator=g)[:n].to(self.train.device)]) for _ in range(draws)]
+            drawn = [self.distances(self.real(n, g)) for _ in range(draws)]
             self.floors[n] = {s: statistics.mean(d[s] for d in drawn) for s in self.nets}
         return self.floors[n]
 
@@ -47,4 +54,4 @@ def floors(rows: list) -> str:
     "One line that gives the floors of all sample sizes in the rows."
     from bench import short
     seen = {r["n"]: (r["floor_classifier"], r["floor_random"]) for r in rows}
-    return "; ".join(f"{n:,} real training images reach {short(a)} and {short(b)}" for n, (a, b) in sorted(seen.items()))
+    return "; ".join(f"{n:,} real training images, of every class equally many, reach {short(a)} and {short(b)}" for n, (a, b) in sorted(seen.items()))

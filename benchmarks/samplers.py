@@ -6,14 +6,19 @@ and two separate passes for guidance.
     python benchmarks/samplers.py                      all rows, on the weights that ship
     python benchmarks/samplers.py --only source        one group
     python benchmarks/samplers.py --run runs/mine      on other weights, of a model of MNIST at 32x32
+    python benchmarks/samplers.py --time               only the clock, for the rows that are there
+
+Seconds come from a race at the end: one chunk of every row in turn, for several rounds, of which the median counts, since shared
+machines drift.
 """
+import statistics
 import time
 from pathlib import Path
 
 import torch
-from bench import Results, begin, markdown, measured_on, parser, short
+from bench import Results, begin, markdown, measured_on, over_seeds, parser, short
 
-SCALE = 2.0
+SCALE, KEY = 2.0, ("library", "sampler", "steps")
 OURS = [("euler", n) for n in (5, 10, 20, 50)] + [("heun", n) for n in (5, 10, 25)] + [("ancestral", n) for n in (10, 20, 50, 100)]
 DIFFUSERS = dict(  # each with the settings that do best for this schedule and for pixels, of those that its documentation names
     DDIMScheduler=dict(timestep_spacing="trailing"),
@@ -72,7 +77,7 @@ def source_way(diff, y, steps: int = 999):
 
 def ours(name: str, n: int):
     from ddpm_course.sampling import STEPS
-    return lambda diff, y: diff.sample(y, cfg_scale=SCALE, n_steps=n, step=STEPS[name], seed=0)
+    return lambda diff, y: diff.sample(y, cfg_scale=SCALE, n_steps=n, step=STEPS[name])  # its noise comes from torch.manual_seed, chunk after chunk
 
 
 def plan(only: list, quick: bool) -> list:
@@ -89,35 +94,51 @@ def plan(only: list, quick: bool) -> list:
 
 
 @torch.no_grad()
-def measure(run, diff, y, chunk: int) -> dict:
-    "Samples, seconds, and how often the network was called for a chunk."
+def measure(run, diff, y, chunk: int, seed: int = 0) -> dict:
+    "Samples, and how often the network was called for a chunk."
     calls = []
     hook = diff.ema_model.net.register_forward_hook(lambda *_: calls.append(1))
     diff.ema_model.eval()
     try:
-        torch.manual_seed(0)
-        start = time.perf_counter()
+        torch.manual_seed(seed)
         images = torch.cat([run(diff, part).float().cpu() for part in y.split(chunk)])
-        return dict(images=images, seconds=time.perf_counter() - start, calls=len(calls) // len(y.split(chunk)))
+        return dict(images=images, calls=len(calls) // len(y.split(chunk)))
     finally: hook.remove()
+
+
+def race(runs: dict, diff, y, rounds: int) -> dict:
+    "Seconds for one chunk of labels: one after the other in turn, the median of the rounds."
+    taken = {key: [] for key in runs}
+    for _ in range(rounds):
+        for key, run in runs.items():
+            start = time.perf_counter()
+            measure(run, diff, y, len(y))
+            taken[key].append(time.perf_counter() - start)
+    return {key: statistics.median(v) for key, v in taken.items()}
 
 
 def table(rows: list) -> str:
     from quality import fid_cell, floors
-    source = next((r["seconds"] / r["n"] for r in rows if r["library"] == "source"), None)
+    source = next((r["seconds"] for r in rows if r["library"] == "source"), None)  # of a chunk
     order = ["ddpm_course", "denoising_diffusion_pytorch", "diffusers", "source"]
     rows = sorted(rows, key=lambda r: (order.index(r["library"]), [s for s in dict.fromkeys(r["sampler"] for r in rows)].index(r["sampler"]), r["steps"]))
-    lines = [[r["library"], r["sampler"], r["evaluations"], fid_cell([r], "classifier"), fid_cell([r], "random"), f"{100 * r['accuracy']:.1f}%",
-              r["seconds"] * 1000 / r["n"], source and f"{short(source / (r['seconds'] / r['n']))}x"] for r in rows]
+    groups = {}
+    for r in rows: groups.setdefault(tuple(r[k] for k in KEY), []).append(r)
+    lines = [[r["library"], r["sampler"], r["evaluations"], fid_cell(found, "classifier"), fid_cell(found, "random"), f"{over_seeds([100 * r['accuracy'] for r in found])}%",
+              r["seconds"] * 1000 / r["chunk"], source and f"{short(source / r['seconds'])}x"] for found in groups.values() for r in found[:1]]
     header = ["library", "sampler", "evaluations", "FID, classifier's features", "FID, random features", "read as asked", "seconds for 1,000 samples", "faster than the source"]
     return (markdown(header, lines) + f"\n\nWeights: {', '.join(sorted({r['weights'] for r in rows}))}; guidance {SCALE:g}; a guided evaluation is one doubled batch and counts once. "
-            f"FID against the test set, in brackets in units of its floor, what real images reach: {floors(rows)}. {measured_on(rows)}")
+            f"± is half the range over {max(map(len, groups.values()))} seeds of ours; the others have one. "
+            f"FID against the test set, in brackets in units of its floor, what real images reach: {floors(rows)}. "
+            f"Seconds: median of {rows[0]['rounds']} rounds of a race, {rows[0]['chunk']} images of every row in turn. {measured_on(rows)}")
 
 
 def main(argv=None):
     groups = ["ours", "denoising_diffusion_pytorch", "diffusers", "source"]
-    p = parser(__doc__, n=1000, chunk=128)  # as Diffusion.sample cuts, so that a call is an evaluation
+    p = parser(__doc__, n=1000, chunk=128, rounds=3)  # chunk as Diffusion.sample cuts, so that a call is an evaluation
     p.add_argument("--only", nargs="+", choices=groups, default=groups, metavar="GROUP", help=f"some of {', '.join(groups)}")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of ours (0 1 2); the others have the first")
+    p.add_argument("--time", action="store_true", help="draw nothing anew: only time the rows that are there")
     p.add_argument("--run", help="run folder; default: the mnist weights that ship")
     args = begin(p.parse_args(argv))
     from quality import Quality, data
@@ -125,19 +146,24 @@ def main(argv=None):
     from ddpm_course.training import Diffusion, load_pretrained
     dls = data(args)
     if args.quick:
-        args.n = 12
+        args.n, args.rounds, args.seeds = 12, 1, args.seeds[:2]
         diff = Diffusion(shape=dls.shape, num_classes=dls.num_classes, device=args.device)
         diff.fit(dls, loggers=[], progress=False, total_steps=3, precision="float32", channels_last=False)
     else:
         diff = Diffusion.load(args.run, device=args.device) if args.run else load_pretrained("mnist", device=args.device)
     if diff.process.config != dict(name="ddpm", T=1000, schedule="cosine"):
         raise SystemExit(f"the peers are set up for the cosine schedule, T = 1000, not {diff.process.config}")
-    results, quality, y = Results("samplers", args, ("library", "sampler", "steps")), Quality(dls, args), torch.arange(args.n) % dls.num_classes
-    for library, sampler, steps, run in plan(args.only, args.quick):
-        measure(lambda diff, y: diff.sample(y, cfg_scale=SCALE, n_steps=2), diff, y[: args.chunk], args.chunk)  # warm-up
-        done = measure(run, diff, y, args.chunk)
-        results.add(library=library, sampler=sampler, steps=steps, evaluations=steps if library == "source" else done["calls"], calls=done["calls"],
-                    seconds=done["seconds"], weights="three steps of training" if args.quick else Path(args.run).name if args.run else "mnist, as shipped", **quality(done["images"], y))
+    results, quality, y = Results("samplers", args, (*KEY, "seed")), None if args.time else Quality(dls, args), torch.arange(args.n) % dls.num_classes
+    weights, planned = "three steps of training" if args.quick else Path(args.run).name if args.run else "mnist, as shipped", plan(args.only, args.quick)
+    for *key, run in [] if args.time else planned:
+        for seed in args.seeds if key[0] == "ddpm_course" else args.seeds[:1]:
+            done = measure(run, diff, y, args.chunk, seed)
+            results.add(**dict(zip(KEY, key)), seed=seed, evaluations=key[-1] if key[0] == "source" else done["calls"], calls=done["calls"],
+                        weights=weights, **quality(done["images"], y))
+    there = {tuple(r[k] for k in KEY) for r in results.rows}
+    runs = {tuple(key): run for *key, run in planned if tuple(key) in there}
+    race(dict(list(runs.items())[:1]), diff, y[: args.chunk], 1)  # warm-up
+    results.update(KEY, {key: dict(seconds=s, chunk=min(args.chunk, args.n), rounds=args.rounds) for key, s in race(runs, diff, y[: args.chunk], args.rounds).items()})
     print(table(results.rows), results.path, sep="\n\n")
 
 

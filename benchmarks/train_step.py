@@ -2,7 +2,8 @@
 
 Each row runs in a process of its own, in turn, for several rounds, since shared machines drift; the table gives medians. FLOPs are
 those of the network's forward and backward pass, counted by torch; the peak is the best of a few square matmuls in the same
-precision, measured in the same process.
+precision, measured in the same process. Precision and layout, where they are left to the package, are chosen in a process before, so
+that the memory is that of training.
 
     python benchmarks/train_step.py [--steps 5] [--rounds 3] [--batch 32] [--size 32]
 """
@@ -45,9 +46,10 @@ def timed(f, device) -> float:
 
 
 def flops(net, x, y) -> int:
-    "Forward and backward of the network on these images, counted by torch."
+    "Forward and backward of the network on these images, counted by torch; attention as plain products, which it knows to count everywhere."
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as count: net(x, torch.full((len(x),), 500.0, device=x.device), y).sum().backward()
+    with FlopCounterMode(display=False) as count, sdpa_kernel(SDPBackend.MATH): net(x, torch.full((len(x),), 500.0, device=x.device), y).sum().backward()
     net.zero_grad()
     return count.get_total_flops()
 
@@ -63,13 +65,19 @@ def matmul_peak(device, dtype, patience: float = 0.5) -> float:
     return best
 
 
+def ready(row: str, args, **settings):
+    "A batch, and the step, network and settings of a row."
+    net, _, variant = row.partition(" ")
+    x = torch.rand(args.batch, 3, args.size, args.size, device=args.device) * 2 - 1
+    y = torch.arange(args.batch, device=args.device) % 10
+    return x, y, *(source_step(x, y) if net == "source" else our_step(x, y, net == "light", **SETTINGS.get(variant, {}) | settings))
+
+
 def measure(row: str, args) -> dict:
     "One process, one row, one round."
     from ddpm_course.core import peak_memory
     net, _, variant = row.partition(" ")
-    x = torch.rand(args.batch, 3, args.size, args.size, device=args.device) * 2 - 1
-    y = torch.arange(args.batch, device=args.device) % 10
-    step, module, settings = source_step(x, y) if net == "source" else our_step(x, y, net == "light", **SETTINGS.get(variant, {}))
+    x, y, step, module, settings = ready(row, args, **json.loads(args.settings))
     for _ in range(1 + 4 * (args.device.type == "cuda")): step()
     repeats = args.steps * (10 if net == "light" or args.device.type == "cuda" else 1)
     seconds, memory = statistics.median(timed(step, args.device) for _ in range(repeats)), peak_memory()
@@ -98,13 +106,15 @@ def main(argv=None):
     p = parser(__doc__, steps=5, rounds=3, batch=32, size=32)
     p.add_argument("--only", nargs="+", choices=[*ROWS, *GPU_ROWS], metavar="ROW", help=f"some of {', '.join(ROWS)}; on a GPU also {', '.join(GPU_ROWS)}")
     p.add_argument("--row", choices=[*ROWS, *GPU_ROWS], help=argparse.SUPPRESS)
+    p.add_argument("--settings", help=argparse.SUPPRESS)
     args = begin(p.parse_args(argv))
-    if args.row: return print(json.dumps(measure(args.row, args)))
+    if args.row: return print(json.dumps(measure(args.row, args) if args.settings else ready(args.row, args)[-1]))
     if args.quick: args.steps, args.rounds, args.batch, args.size = 1, 1, 2, 16
-    results = Results("train_step", args, ("row", "round"))
+    results, rows = Results("train_step", args, ("row", "round")), args.only or [*ROWS, *(GPU_ROWS if args.device.type == "cuda" else ["light float32"])]
+    def one(row, *more): return child(__file__, args, "--row", row, "--steps", args.steps, "--batch", args.batch, "--size", args.size, *more)
+    chosen = {row: json.dumps(one(row)) if row in ("ours", "light") else "{}" for row in rows}
     for n in range(args.rounds):
-        for row in args.only or ROWS | (GPU_ROWS if args.device.type == "cuda" else {}):
-            results.add(row=row, round=n, **child(__file__, args, "--row", row, "--steps", args.steps, "--batch", args.batch, "--size", args.size))
+        for row in rows: results.add(row=row, round=n, **one(row, "--settings", chosen[row]))
     print(table(results.rows), results.path, sep="\n\n")
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import tiny_diffusion
+from common import tiny_diffusion, tiny_dls
 from PIL import Image
 
 from ddpm_course.model import make_process
@@ -17,7 +17,7 @@ from ddpm_course.training import Diffusion
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SCRIPTS = ("start_up", "memory", "train_step", "samplers", "time_to_quality", "families")
+SCRIPTS = ("start_up", "memory", "train_step", "samplers", "networks", "time_to_quality", "families")
 
 
 @pytest.fixture
@@ -106,10 +106,10 @@ def test_training_stops_by_the_clock_and_goes_on(bench):
 def test_training_by_images_stops_where_a_quiet_machine_would(bench):
     ttq, shares = bench("time_to_quality"), []
     peer = SimpleNamespace(whole=True, seen=0, at=shares.append, step=lambda x, y: None)
-    ttq.train(peer, iter([(torch.zeros(4, 1), torch.zeros(4))] * 100), 0.0, 10, "cpu", rate=6.0)
-    assert peer.seen == 60 and shares[0] == 0 and shares[-1] == pytest.approx(56 / 60)
-    row = ttq_row("diffusers", 60, 90) | dict(by="clock", seen=600, seconds=60.0, sampling=50.0)
-    assert ttq.quiet([row], "diffusers", None, [300]) == (10.0, 0.25)
+    ttq.train(peer, iter([(torch.zeros(4, 1), torch.zeros(4))] * 100), 0.0, 12, "cpu", rate=6.0, begun=2.0)
+    assert peer.seen == 60 and shares[0] == pytest.approx(2 / 12) and shares[-1] == pytest.approx((2 + 56 / 6) / 12), "what comes before the first step counts once"
+    row = ttq_row("diffusers", 60, 90) | dict(by="clock", seen=500, seconds=60.0, begun=10.0, sampling=50.0)
+    assert ttq.quiet([row], "diffusers", None, [300]) == (10.0, 10.0, 0.25)
     for rows in ([], [row | dict(by="images")], [row | dict(budget=300)]):
         with pytest.raises(SystemExit, match="by-images needs"): ttq.quiet(rows, "diffusers", None, [300])
 
@@ -161,9 +161,53 @@ def test_denoising_diffusion_pytorch_walks_our_network_on_our_grid(diff, bench, 
 def test_quick_samplers(bench, tmp_path):
     rows = run(bench, "samplers", tmp_path, "--only", "ours", "diffusers", "source")
     evaluations = {(r["sampler"], r["steps"]): (r["evaluations"], r["calls"]) for r in rows}
+    assert [r["seed"] for r in rows if r["library"] == "ddpm_course"] == [0, 1] and {r["rounds"] for r in rows} == {1}
     assert evaluations == {("euler", 5): (5, 5), ("DDIMScheduler", 5): (5, 5), ("DPMSolverMultistepScheduler", 5): (5, 5), ("UniPCMultistepScheduler", 5): (5, 5),
                            ("EulerDiscreteScheduler", 5): (5, 5), ("ancestral, two passes", 9): (9, 18)}
     assert all(r["seconds"] > 0 and r["fid_classifier"] > 0 and r["floor_random"] > 0 and 0 <= r["accuracy"] <= 1 for r in rows)
+
+
+def test_no_image_is_drawn_twice(diff, bench):
+    "Each chunk has noise of its own, and another seed has other noise."
+    samplers, y = bench("samplers"), torch.tensor([0, 1, 2]).repeat(4)
+    drawn = [samplers.measure(samplers.ours("euler", 2), diff, y, 3, seed)["images"] for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1]) and len(torch.cat(drawn[1:]).unique(dim=0)) == 24
+
+
+def test_a_race_takes_turns_and_counts_the_median(bench, monkeypatch):
+    samplers, turns, clock = bench("samplers"), [], iter([0, 1, 1, 5, 5, 14, 14, 16, 16, 18, 18, 21])
+    monkeypatch.setattr(samplers, "measure", lambda run, diff, y, chunk: turns.append(run))
+    monkeypatch.setattr(samplers.time, "perf_counter", lambda: next(clock))
+    assert samplers.race(dict(a="A", b="B"), None, [0], 3) == dict(a=2, b=3) and turns == ["A", "B"] * 3  # a took 1, 9, 2; b took 4, 2, 3
+
+
+def test_only_the_clock_of_a_row_is_set_anew(bench, tmp_path):
+    args = SimpleNamespace(out=tmp_path, device=torch.device("cpu"), threads=1)
+    results = bench("bench").Results("r", args, ("model", "seed"))
+    for model, seed in (("a", 0), ("a", 1), ("b", 0)): results.add(model=model, seed=seed, fid=3)
+    before = results.rows
+    results.update(("model",), {("a",): dict(seconds=5)})
+    assert results.rows == [before[0] | dict(seconds=5), before[1] | dict(seconds=5), before[2]]
+
+
+def test_the_floor_is_of_images_asked_for_as_samples_are(bench):
+    quality = bench("quality").Quality.__new__(bench("quality").Quality)
+    quality.train = SimpleNamespace(labels=torch.tensor([0] * 5 + [1] * 20 + [2] * 9), images=torch.arange(34))
+    for classes, n, counts in ((3, 9, [3, 3, 3]), (3, 11, [4, 4, 3])):
+        quality.classes = classes
+        drawn = quality.real(n, torch.Generator().manual_seed(0))
+        assert quality.train.labels[drawn].bincount().tolist() == counts and len(drawn.unique()) == n
+    quality.classes = 0
+    assert len(quality.real(7, torch.Generator().manual_seed(0)).unique()) == 7
+
+
+def test_quick_networks(bench, tmp_path):
+    networks = bench("networks")
+    rows = run(bench, "networks", tmp_path, "--only", "light", "no attention")
+    assert [r["shape"] for r in rows] == ["light", "no attention"] and rows[0]["flops"] > rows[1]["flops"] and rows[0]["parameters"] > rows[1]["parameters"]
+    assert all(r["seen"] == max(int(0.1 * r["speed"] / 32), 1) * 32 and r["fid_random"] > 0 for r in rows)
+    from ddpm_course.light_unet import LightUNet
+    assert LightUNet(1, 1, 10, **networks.SHAPES["light"][1]).config == LightUNet(1, 1, 10).config, "the first row is the default"
 
 
 def test_quick_time_to_quality(bench, tmp_path):
@@ -250,6 +294,13 @@ def test_quick_train_step(bench, tmp_path):
     assert row["row"] == "light" and row["images_per_second"] > 0 and 0 < row["flops"] < 2 * row["peak_flops"]
 
 
+def test_flops_of_attention_are_counted_however_it_is_computed(bench):
+    from ddpm_course.unet import UNet_conditional
+    x, y = torch.zeros(2, 3, 16, 16), torch.tensor([0, 1])
+    flops = bench("train_step").flops
+    assert flops(UNet_conditional(3, 3, num_classes=10), x, y) == flops(bench("source").source_net(3, 10), x, y), "the same network with another call of attention"
+
+
 def test_flops_are_those_of_a_convolution(bench):
     class Net(torch.nn.Module):
         def __init__(self):
@@ -264,3 +315,65 @@ def test_quick_start_up_and_memory(bench, tmp_path):
     assert 0 < row["ddpm_course"] < row["torch"] + 5
     rows = run(bench, "memory", tmp_path)
     assert [(r["net"], r["what"]) for r in rows] == [("light", "train"), ("light", "sample")] and all(r["peak"] >= r["idle"] > 0.05 for r in rows)
+
+
+@pytest.mark.parametrize("name, options, says", [
+    ("memory", "--device xyz", "unknown device 'xyz'"), ("memory", "--threads 0", "'0' is not a whole number from 1 up"), ("memory", "--sizes 16 -1", "expected"),
+    ("memory", "--batches x", "'x' is not a whole number"), ("samplers", "--n 0", "argument --n: '0'"), ("train_step", "--batch 1.5", "argument --batch: '1.5'"),
+    ("families", "--only flow flows", "Did you mean 'flow'?"), ("families", "--steps 0", "argument --steps"), ("families", "--data mnits", "invalid choice"),
+    ("start_up", "--lessons nope.ipynb", "there is no notebook nope.ipynb"), ("start_up", "--lessons README.md", "there is no notebook README.md")])
+def test_a_bad_option_is_told_in_a_line_before_anything_is_measured(bench, tmp_path, capsys, monkeypatch, name, options, says):
+    module = bench(name)
+    monkeypatch.setattr(module, "Results", lambda *a: pytest.fail("began"))
+    with pytest.raises(SystemExit) as e: module.main(["--quick", "--out", str(tmp_path), *options.split()])
+    assert e.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_that_is_none_is_told_in_a_line(bench, tmp_path):
+    begin, args = bench("bench").begin, dict(quick=False, threads=1, device="cpu", out=tmp_path)
+    with pytest.raises(SystemExit, match=f"--run {tmp_path}/none: no run folder"): begin(SimpleNamespace(**args, run=tmp_path / "none"))
+    Diffusion.save_model(tiny_diffusion().prepare(tiny_dls(), 1), tmp_path / "run")
+    for run in (None, tmp_path / "run", next((tmp_path / "run").glob("*"))): begin(SimpleNamespace(**args, run=run))
+
+
+def test_every_number_in_the_help_says_what_it_is(bench, capsys):
+    for name in SCRIPTS:
+        with pytest.raises(SystemExit): bench(name).main(["--help"])
+        text = re.sub(r"\s+", " ", capsys.readouterr().out.split("options:")[-1])
+        told = re.findall(r"(--[a-z-]+)(?: [A-Z]+(?: \[[A-Z]+ \.\.\.\])?)? (\(?[a-z0-9].*?)(?= --|$)", text)
+        assert len(told) >= 5 and not [option for option, words in told if not re.match("[a-z]+[^(]*", words)], name
+
+
+def test_a_machine_is_told_from_another_of_that_name(bench, monkeypatch):
+    module = bench("bench")
+    cpu = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\nmodel\t\t: 3\n"
+    monkeypatch.setattr(module, "Path", lambda p: SimpleNamespace(exists=lambda: True, read_text=lambda: cpu))
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 2)
+    assert module.machine(torch.device("cpu")) == "AMD EPYC (family 26, model 2, 2 CPUs)"
+    monkeypatch.setattr(module, "Path", lambda p: SimpleNamespace(exists=lambda: False))
+    monkeypatch.setattr(module.platform, "processor", lambda: "arm")
+    assert module.machine(torch.device("cpu")) == "arm (2 CPUs)"
+
+
+def test_results_of_a_gpu_get_a_place_behind_those_of_the_cpu(bench, tmp_path):
+    tables, readme, results = bench("tables"), tmp_path / "README.md", tmp_path / "results"
+    results.mkdir()
+    for name in ("memory", "memory-gpu", "start_up"): (results / f"{name}.json").write_text((ROOT / f"benchmarks/results/{name.split('-')[0]}.json").read_text())
+    readme.write_text("a\n<!-- bench:memory -->\n<!-- /bench -->\nb\n<!-- bench:start_up -->\n<!-- /bench -->\n")
+    args = ["--readme", str(readme), "--results", str(results)]
+    assert "bench:memory-gpu" in tables.main([*args, "--check"])
+    assert tables.main(args) is None and tables.main([*args, "--check"]) is None
+    text = readme.read_text()
+    assert re.findall("<!-- bench:(.*?) -->", text) == ["memory", "memory-gpu", "start_up"] and text.count(tables.table("memory", results)) == 2
+    assert tables.main(args) is None and readme.read_text() == text, "once"
+
+
+def test_tables_say_in_what_precision_and_on_how_many_threads(bench):
+    run = dict(machine="m", threads=2, versions={}, date="2026-01-01")
+    memory = [dict(net=net, what=what, size=size, batch=8, peak=1.0, idle=0.5, run=run) for net, what, size in
+              (("light", "train", 32), ("light", "train", 128), ("full", "train", 32), ("light", "sample", 32), ("light", "sample", 128), ("full", "sample", 32))]
+    table = bench("memory").table
+    assert "Training is in float32 with channels_last, sampling in float32. An empty cell was not measured" in table(memory)
+    assert "in bfloat16 with" in table([r | dict(precision="bfloat16" if r["what"] == "train" else "float32") for r in memory])
+    assert "empty cell" not in table([r for r in memory if r["size"] == 32])
+    assert "thread*" not in bench("start_up").table([dict(what="02_forward", seconds=1.0, run=run)]).replace("one thread", "") and "2 threads" not in bench("start_up").table([dict(what="02_forward", seconds=1.0, run=run)])

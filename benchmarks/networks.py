@@ -1,0 +1,104 @@
+"""Where should resolution, width and attention go? Light networks of several shapes, each trained for the same seconds.
+
+A shape that does less work an image sees more images in the same time; which is worth more is measured, not guessed. Speeds come from
+a race: a few steps of every shape in turn, for several rounds, of which the median counts. On a CPU the seconds are those that one
+thread computed, so that other work on the machine does not count. Each shape then trains for the images of its speed, by the recipe
+of the package.
+
+    python benchmarks/networks.py                                   all shapes
+    python benchmarks/networks.py --only light "no attention" --seconds 300     two of them, for longer
+"""
+import statistics
+import time
+from collections import Counter
+
+import torch
+from bench import Results, begin, markdown, measured_on, over_seeds, parser, short
+
+SHAPES = {  # of 32x32 images; gathered 2x2, three levels are 16x16, 8x8 and 4x4
+    "light": ("as LightUNet comes: gathered 2x2, 32/64/64, attention at 4x4", {}),
+    "full size": ("not gathered: 16/32/64 at 32x32, 16x16, 8x8, attention at 8x8", dict(widths=(16, 32, 64), patch=1)),
+    "gathered 4x4": ("gathered 4x4: 64/96 at 8x8 and 4x4, attention at 4x4", dict(widths=(64, 96), attention=(1,), patch=4)),
+    "two levels": ("two levels: 32/64 at 16x16 and 8x8, attention at 8x8", dict(widths=(32, 64), attention=(1,))),
+    "narrow": ("half as wide: 16/32/32", dict(widths=(16, 32, 32))),
+    "wide": ("half as wide again: 48/96/96", dict(widths=(48, 96, 96))),
+    "no attention": ("no attention", dict(attention=())),
+    "more attention": ("attention at 8x8 and 4x4", dict(attention=(1, 2)))}
+SCALE, KEY = 1.5, ("shape", "seconds", "seed")
+
+
+def made(name: str, dls, device, seed: int = 0):
+    from ddpm_course.light_unet import LightUNet
+    from ddpm_course.training import Diffusion
+    torch.manual_seed(seed)
+    return Diffusion(LightUNet(dls.shape[0], dls.shape[0], dls.num_classes, **SHAPES[name][1]), shape=dls.shape, num_classes=dls.num_classes, device=device, seed=seed)
+
+
+def race(names: list, dls, args) -> dict:
+    "Images per second of a training step: every shape in turn, the median of the rounds."
+    cpu = args.device.type == "cpu"
+    clock, (x, y) = time.process_time if cpu else time.perf_counter, next(iter(dls.train))
+    runs, speeds = {}, {name: [] for name in names}
+    for name in names:
+        runs[name] = made(name, dls, args.device)
+        runs[name].prepare(dls, total_steps=10_000, precision=args.precision, channels_last=False)
+    def steps(diff):
+        for _ in range(args.steps): diff.train_step(x, y)
+        if not cpu: torch.cuda.synchronize()
+    for n in range(args.rounds + 1):  # the first round warms up
+        for name, diff in runs.items():
+            start = clock()
+            steps(diff)
+            if n: speeds[name].append(args.steps * len(y) / (clock() - start))
+    return {name: statistics.median(v) for name, v in speeds.items()}
+
+
+def measure(name: str, speed: float, dls, quality, args, seed: int) -> dict:
+    "One shape, trained for the images that it sees in args.seconds, and its samples judged."
+    from train_step import flops
+    dls.train.batch_size, diff = 32, made(name, dls, args.device, seed)
+    steps = max(int(args.seconds * speed / dls.train.batch_size), 1)
+    diff.prepare(dls, total_steps=steps, precision=args.precision, channels_last=False)
+    diff.fit(loggers=[], progress=False)
+    y = torch.arange(args.n) % dls.num_classes
+    images = diff.sample(y, cfg_scale=SCALE, n_steps=20, seed=seed, precision=args.precision).float().cpu()
+    x = torch.zeros(1, *dls.shape, device=args.device)
+    return dict(speed=speed, seen=steps * dls.train.batch_size, parameters=sum(p.numel() for p in diff.model.parameters()),
+                flops=flops(diff.model.net, x, y[:1].to(args.device)), lr=diff.settings.lr, **quality(images, y))
+
+
+def table(rows: list) -> str:
+    from quality import fid_cell, floors
+    groups = {}
+    for r in rows: groups.setdefault((r["seconds"], r["shape"]), []).append(r)
+    lines = [[SHAPES[name][0], found[0]["parameters"], found[0]["flops"] / 1e6, found[0]["speed"], found[0]["seen"], fid_cell(found, "classifier"),
+              fid_cell(found, "random"), f"{over_seeds([100 * r['accuracy'] for r in found])}%"]
+             for (_, name), found in sorted(groups.items(), key=lambda kv: (kv[0][0], statistics.mean(r["fid_classifier"] for r in kv[1])))]
+    header = ["shape of the network", "parameters", "MFLOP an image, forward and backward", "images per second", "images seen", "FID, classifier's features", "FID, random features", "read as asked"]
+    s, r = sorted({r["seconds"] for r in rows}), rows[0]
+    return (markdown(header, lines) + f"\n\nTrained for {' and '.join(short(v) for v in s)} seconds{' of one thread' if r['run']['threads'] == 1 else ''}, {r['run']['settings']['precision']}; "
+            f"{r['n']:,} samples, guidance {SCALE:g}, 20 steps; ± is half the range over {max(Counter((r['seconds'], r['shape']) for r in rows).values())} seeds. "
+            f"FID against the test set, in brackets in units of its floor, what real images reach: {floors(rows)}. {measured_on(rows)}")
+
+
+def main(argv=None):
+    p = parser(__doc__, n=1000, seconds=120, steps=10, rounds=5)
+    p.set_defaults(threads=1)
+    p.add_argument("--only", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="SHAPE", help=f"some of {', '.join(SHAPES)}")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="(0 1)")
+    p.add_argument("--precision", default="bfloat16", help="bfloat16 or float32 (%(default)s)")
+    args = begin(p.parse_args(argv))
+    from quality import Quality, data
+    dls = data(args)
+    if args.quick:
+        args.n, args.seconds, args.steps, args.rounds, args.seeds, args.precision = 12, 0.1, 1, 1, args.seeds[:1], "float32"
+    dls.to(args.device)
+    dls.train.batch_size, quality, results = 32, Quality(dls, args), Results("networks", args, KEY)
+    speeds = race(args.only, dls, args)
+    for seed in args.seeds:
+        for name in args.only:
+            results.add(shape=name, seconds=args.seconds, seed=seed, **measure(name, speeds[name], dls, quality, args, seed))
+    print(table(results.rows), results.path, sep="\n\n")
+
+
+if __name__ == "__main__": main()
