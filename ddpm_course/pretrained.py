@@ -48,11 +48,14 @@ def write_pretrained(
 def read_pretrained(
     name: str,  # a name in the manifest
     folder=None,  # None: the package's own
-):  # (entry, weights: name -> float32 tensor); ValueError for an unknown name, CheckpointError for a missing or changed file
+):  # (entry, weights: name -> float32 tensor); ValueError for an unknown name (it lists those of its kind: models or classifiers), CheckpointError for a missing or changed file
     "Weights that ship with the package or are fetched by URL, checked against their SHA-256."
     from safetensors.torch import load
-    entry = choose(name, manifest(folder), "pretrained model")
-    path = Path(folder or weights_folder()) / entry["file"]
+    folder = Path(folder or weights_folder())
+    if not (shelf := manifest(folder)): raise CheckpointError(f"{folder / 'manifest.json'} is missing, so there are no weights: reinstall ddpm_course")
+    kind = "classifier" if str(name).startswith("classifier") else "pretrained model"
+    entry = choose(name, {k: e for k, e in shelf.items() if k.startswith("classifier-") == (kind == "classifier")}, kind)
+    path = folder / entry["file"]
     if not path.exists() and "url" in entry: path = _fetched(entry)
     try: data = path.read_bytes()
     except OSError: raise CheckpointError(f"{path} is missing: the manifest lists it for {name!r}; reinstall ddpm_course, or `make weights NAME={name}` trains it anew") from None
