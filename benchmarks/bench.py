@@ -2,6 +2,7 @@
 import argparse
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -15,25 +16,42 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 LIBRARIES = ("torch", "torchvision", "diffusers", "denoising_diffusion_pytorch")
+HELP = dict(n="samples that are judged", rounds="how often each row is timed; the median counts", steps="training steps that are timed in a round", batch="images in a batch",
+            size="side of the images", chunk="samples drawn at a time", bits="test images whose bits per dimension are bounded", seconds="of training for each row")
+
+
+def above_0(text: str) -> int:
+    "Type of an option."
+    if text.isdecimal() and int(text): return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+
+
+def device(text: str):
+    "Type of --device."
+    from ddpm_course.core import default_device
+    try: return default_device(text)
+    except ValueError as e: raise argparse.ArgumentTypeError(str(e)) from None
 
 
 def parser(doc: str, **defaults) -> argparse.ArgumentParser:
-    "The options that every benchmark has, and more whole numbers: parser(__doc__, steps=5)."
+    "The options that every benchmark has, and more whole numbers, of those that HELP explains: parser(__doc__, steps=5)."
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="seconds instead of minutes: shows that it runs, not how fast; writes to a temporary folder")
     p.add_argument("--out", type=Path, help="folder for the results (benchmarks/results)")
-    p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
-    p.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+    p.add_argument("--device", type=device, help="cuda, mps or cpu (the best there is)")
+    p.add_argument("--threads", type=above_0, default=2, help="CPU threads (%(default)s)")
     for name, value in defaults.items():
-        p.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="%(default)s")
+        p.add_argument(f"--{name.replace('_', '-')}", type=above_0, default=value, metavar="N", help=f"{HELP[name]} (%(default)s)")
     return p
 
 
 def begin(args):
-    "Device and threads as asked for; the folder for results."
+    "Device and threads as asked for; the folder for results; SystemExit where --run is no run."
     import torch
 
     from ddpm_course.core import default_device
+    if (run := getattr(args, "run", None)) and not any(Path(run, f).exists() for f in ("config.json", "manifest.json")):
+        raise SystemExit(f"--run {run}: no run folder and no checkpoint is there")
     torch.set_num_threads(args.threads)
     if args.quick:
         warnings.simplefilter("ignore")  # a dozen samples are too few for an FID
@@ -48,8 +66,10 @@ def machine(device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+    first = cpu.read_text().split("\n\n")[0].splitlines() if cpu.exists() else []
+    found = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in first)}
+    which = [f"{word} {found[k]}" for word, k in (("family", "cpu family"), ("model", "model")) if k in found]  # a name may stand for many
+    return f"{found.get('model name') or platform.processor() or platform.machine()} ({', '.join([*which, f'{os.cpu_count()} CPUs'])})"
 
 
 def commit() -> str:
@@ -88,12 +108,18 @@ class Results:
 
     def add(self, **row):
         "Saved at once: these measurements are long, and any of them may be the last."
-        from ddpm_course.checkpoint import write_atomic
-        rows = [r for r in self.rows if any(r.get(k) != row.get(k) for k in self.key)]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = ",\n ".join(json.dumps(r) for r in [*rows, row | dict(run=self.run)])
-        write_atomic(self.path, f"[\n {text}\n]\n".encode())
+        self.write([*(r for r in self.rows if any(r.get(k) != row.get(k) for k in self.key)), row | dict(run=self.run)])
         print("  " + ", ".join(f"{k} {short(v)}" for k, v in row.items() if isinstance(v, (str, int, float))), flush=True)
+
+    def update(self, key: tuple, values: dict):
+        "Rows keep all but what values says for their key: a quality may be from one day, and the clock from another."
+        self.write([r | values.get(tuple(r[k] for k in key), {}) for r in self.rows])
+
+    def write(self, rows: list):
+        from ddpm_course.checkpoint import write_atomic
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = ",\n ".join(json.dumps(r) for r in rows)
+        write_atomic(self.path, f"[\n {text}\n]\n".encode())
 
 
 def load(path) -> list:
@@ -135,12 +161,12 @@ def markdown(header: list, rows: list) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def measured_on(rows: list) -> str:
-    "One line: machine, threads, versions, dates of all the rows."
+def measured_on(rows: list, threads: bool = True) -> str:
+    "One line: machine, threads (if the table does not say them), versions, dates of all the rows."
     def all_of(values):
         return ", ".join(dict.fromkeys(values))
     runs = [r["run"] for r in rows]
-    found = [all_of(f"{r['machine']}, {r['threads']} thread{'s' * (r['threads'] > 1)}" for r in runs)]
+    found = [all_of(r["machine"] + f", {r['threads']} thread{'s' * (r['threads'] > 1)}" * threads for r in runs)]
     for name in ("ddpm_course", *LIBRARIES):
         if seen := all_of(r["versions"][name] for r in runs if name in r["versions"]):
             found.append(f"{name} {seen}")

@@ -24,7 +24,7 @@ import tokenize
 from pathlib import Path
 
 import torch
-from bench import HERE, Results, begin, markdown, measured_on, over_seeds, parser
+from bench import HERE, Results, above_0, begin, markdown, measured_on, over_seeds, parser
 
 NAMES = dict(ddpm="DDPM, cosine schedule", vp="VP, the SDE of DDPM", ve="VE, the SDE of NCSN", edm="EDM", flow="flow matching")
 SETTINGS = dict(ddpm=dict(schedule="cosine"))  # of the process, where the default is not what one would train
@@ -156,9 +156,8 @@ def real(bench: Bench):
     "The row that says what can be reached: real training images in the place of drawn ones."
     from ddpm_course.evaluation import test_accuracy
     args, quality = bench.args, bench.quality
-    pick = torch.randperm(len(quality.train), generator=torch.Generator().manual_seed(0))[: args.n].to(quality.train.device)
     bench.results.add(data=args.data, family="real", predict=None, budget=None, seed=None, guidance=None, evaluations=None, n=args.n,
-                      **{f"{k}_{s}": v for k in ("fid", "floor") for s, v in quality.floor(args.n).items()}, **covered(quality, quality.train[pick]),
+                      **{f"{k}_{s}": v for k in ("fid", "floor") for s, v in quality.floor(args.n).items()}, **covered(quality, quality.real(args.n, torch.Generator().manual_seed(0))),
                       accuracy=test_accuracy(quality.judge, bench.dls))
 
 
@@ -222,17 +221,18 @@ def footnote(rows: list) -> str:
 def main(argv=None):
     p = parser(__doc__, n=1000, seconds=240, bits=64)
     p.add_argument("--only", nargs="+", default=list(NAMES), metavar="FAMILY", help=f"some of {', '.join(NAMES)}; FAMILY:PREDICTION for another prediction than the usual one")
-    p.add_argument("--evaluations", nargs="+", type=int, default=[10, 20, 50], metavar="N", help="of the network for a sample (10 20 50)")
-    p.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="(0)")
-    p.add_argument("--steps", type=int, help="of training, in place of those that --seconds gives")
-    p.add_argument("--guidance", type=float, default=1.0, help="1: none (1)")
-    p.add_argument("--data", default="mnist", help="mnist, fashion_mnist or cifar10, where they lie already (mnist)")
+    p.add_argument("--evaluations", nargs="+", type=above_0, default=[10, 20, 50], metavar="N", help="of the network for a sample (10 20 50)")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="each trains a model of its own (0)")
+    p.add_argument("--steps", type=above_0, metavar="N", help="of training, in place of those that --seconds gives")
+    p.add_argument("--guidance", type=float, default=1.0, metavar="G", help="1: none (1)")
+    p.add_argument("--data", choices=("mnist", "fashion_mnist", "cifar10"), default="mnist", metavar="NAME", help="mnist, fashion_mnist or cifar10, where they lie already (mnist)")
     p.add_argument("--runs", type=Path, help="folder that keeps the trained models (runs/families)")
     p.add_argument("--picture", type=Path, help="PNG to write: a row for each family, from the same start noise")
     args = begin(p.parse_args(argv))
+    try: pairs = [chosen(name) for name in args.only]  # before anything long
+    except ValueError as e: p.error(str(e))
     if args.quick: args.seconds, args.steps, args.n, args.evaluations, args.seeds, args.bits = 1, 3, 20, [2, 3], [0], 2
     args.runs = args.runs or (args.out / "runs" if args.quick else HERE.parent / "runs" / "families")
-    pairs = [chosen(name) for name in args.only]  # before anything long
     bench, pictures = Bench(args), []
     real(bench)
     for family, predict in pairs:

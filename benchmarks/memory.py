@@ -8,7 +8,7 @@ import argparse
 import json
 
 import torch
-from bench import Results, begin, child, markdown, measured_on, parser
+from bench import Results, above_0, begin, child, markdown, measured_on, parser
 
 NETS = dict(light="light network", full="source network, our way")
 LIMIT = 64 * 64 * 32  # pixels of a batch beyond which the large network is left out on a CPU: too much for a laptop
@@ -23,12 +23,12 @@ def measure(net: str, what: str, size: int, batch: int, device) -> dict:
     shape = (3, size, size)
     diff = Diffusion(UNet_conditional(num_classes=10) if net == "full" else None, shape=shape, num_classes=10, device=device)
     x, y = torch.zeros(batch, *shape, device=device), torch.arange(batch, device=device) % 10
-    idle = peak_memory()
+    idle, precision = peak_memory(), "bfloat16" if what == "train" and device.type == "cuda" else "float32"
     if what == "train":
-        diff.prepare(SimpleNamespace(train=[(x, y)], valid=[], num_classes=10), total_steps=10, precision="bfloat16" if device.type == "cuda" else "float32", channels_last=True)
+        diff.prepare(SimpleNamespace(train=[(x, y)], valid=[], num_classes=10), total_steps=10, precision=precision, channels_last=True)
         for _ in range(2): diff.train_step(x, y)
-    else: diff.sample(y, cfg_scale=2.0, n_steps=2, chunk=batch)
-    return dict(peak=peak_memory(), idle=idle)
+    else: diff.sample(y, cfg_scale=2.0, n_steps=2, chunk=batch, precision=precision)
+    return dict(peak=peak_memory(), idle=idle, precision=precision)
 
 
 def table(rows: list) -> str:
@@ -40,13 +40,16 @@ def table(rows: list) -> str:
     lines = [[f"{NETS[net]}, {dict(train='training step', sample='guided sampling')[what]}", *(cell(net, what, c) for c in cases)]
              for net in NETS for what in ("train", "sample") if any(r["net"] == net for r in rows)]
     idle = " to ".join(dict.fromkeys(f"{f(r['idle'] for r in rows):.1f}" for f in (min, max)))
-    return markdown(header, lines) + f"\n\nBefore the first step it is {idle} GB. {measured_on(rows)}"
+    precisions = dict.fromkeys(r.get("precision", "float32") for r in rows if r["what"] == "train")  # early rows do not say it
+    told = f"Before the first step it is {idle} GB. Training is in {' and '.join(precisions)} with channels_last, sampling in float32. "
+    if any("" in line for line in lines): told += "An empty cell was not measured: on a CPU the source network leaves out what is too much for a laptop. "
+    return f"{markdown(header, lines)}\n\n{told}{measured_on(rows)}"
 
 
 def main(argv=None):
     p = parser(__doc__)
-    p.add_argument("--sizes", nargs="+", type=int, default=[32, 64, 128], metavar="N", help="sides of the images (32 64 128)")
-    p.add_argument("--batches", nargs="+", type=int, default=[8, 32], metavar="N", help="(8 32)")
+    p.add_argument("--sizes", nargs="+", type=above_0, default=[32, 64, 128], metavar="N", help="sides of the images (32 64 128)")
+    p.add_argument("--batches", nargs="+", type=above_0, default=[8, 32], metavar="N", help="images in a batch (8 32)")
     p.add_argument("--case", help=argparse.SUPPRESS)
     args = begin(p.parse_args(argv))
     if args.case:

@@ -2,7 +2,8 @@
 
 usage: python benchmarks/tables.py [--check]      --check changes nothing and fails where README is out of step
 
-Between <!-- bench:NAME --> and <!-- /bench --> stands what the script of that name makes of results/NAME.json.
+Between <!-- bench:NAME --> and <!-- /bench --> stands what the script of that name makes of results/NAME.json. Where results/NAME-gpu.json
+has no place yet, it gets one behind that of NAME.
 """
 import argparse
 import difflib
@@ -22,12 +23,18 @@ def table(name: str, folder: Path = RESULTS) -> str:
     return importlib.import_module(name.removesuffix("-gpu")).table(rows) if rows else "*Not measured yet.*"
 
 
+def with_gpu(text: str, folder: Path) -> str:
+    "The text with a place for the table of each NAME-gpu.json."
+    names = [name for _, name, _ in BLOCK.findall(text) if (folder / f"{name}-gpu.json").exists() and f"<!-- bench:{name}-gpu -->" not in text]
+    return BLOCK.sub(lambda m: m[0] + f"\n\nOn a GPU:\n\n<!-- bench:{m[2]}-gpu -->\n<!-- /bench -->" * (m[2] in names), text)
+
+
 def filled(text: str, folder: Path = RESULTS) -> str:
     "The text with every table made anew; ValueError for a marker without its end."
     blocks = BLOCK.findall(text)
     if len(blocks) != text.count("<!-- bench:") or len(blocks) != text.count("<!-- /bench -->"):
         raise ValueError("every <!-- bench:NAME --> needs its <!-- /bench -->, and the other way round")
-    return BLOCK.sub(lambda m: f"{m[1]}{table(m[2], folder)}\n{m[3]}", text)
+    return BLOCK.sub(lambda m: f"{m[1]}{table(m[2], folder)}\n{m[3]}", with_gpu(text, folder))
 
 
 def main(argv=None):
