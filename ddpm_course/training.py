@@ -300,6 +300,7 @@ def load_pretrained(
 ) -> Diffusion:  # ready to sample; ValueError for an unknown name, CheckpointError for a file with the wrong checksum
     "A trained model that ships with the package (or is fetched once by URL), checked against its SHA-256."
     entry, weights = read_pretrained(name)
+    if "net" not in entry["config"]: raise ValueError(f"{name!r} reads images and draws none: see judge.classifier_for")
     diff = Diffusion.from_config(entry["config"], device)
     for model in (diff.model, diff.ema_model): fit_weights(model, weights, f"the pretrained model {name!r}")
     return diff
