@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['MEANING', 'frechet_distance', 'fid', 'mmd', 'kernel_distance', 'kid', 'distances', 'radii', 'precision_recall',
            'density_coverage', 'nearest_neighbours', 'closer_share', 'memorisation', 'loss_per_level', 'report',
-           'real_report', 'report_table']
+           'real_draw', 'real_report', 'report_table']
 
 # %% ../nbs/09_evaluation.ipynb #8e7c3ec9
 import warnings
@@ -11,7 +11,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .features import Inception, RandomFeatures, as_float, check_fit, checked, extract, feature_sets, inception_features, pixel_features
+from .features import Inception, RandomFeatures, as_float, check_finite, check_fit, check_range, checked, extract, feature_sets, inception_features, pixel_features
 from .judge import Classifier, classifier_for, label_accuracy, predict, shift, shipped_classifier, ships, test_accuracy, train_classifier
 
 # %% ../nbs/09_evaluation.ipynb #872c6822
@@ -50,12 +50,13 @@ def mmd(
 
 def kernel_distance(
     fa: Tensor,  # (N,D) features of generated images
-    fb: Tensor,  # (M,D) features of real ones
+    fb: Tensor,  # (M,D) features of other, real ones; both sets drawn at random: with equal numbers of each class 0 is not the average
     subsets: int = 10,  # disjoint parts, each compared by itself: their spread is the error
     size: int | None = None,  # images per part; None: all there are
     seed: int = 0,  # of the division into parts
 ):  # (mean, standard error); ValueError if there are too few for that many parts
-    "Kernel distance, 0 on average for two sets from the same source however few there are."
+    "Kernel distance, 0 on average for two sets from the same source however few there are; below 0 for a set and itself, which are not two."
+    if subsets < 1: raise ValueError(f"subsets is a number of parts, at least 1, not {subsets}")
     fa, fb = feature_sets(fa, fb)
     sizes, g = [size or len(f) // subsets for f in (fa, fb)], torch.Generator().manual_seed(seed)
     if min(sizes) < 2 or any(n * subsets > len(f) for n, f in zip(sizes, (fa, fb))):
@@ -110,7 +111,7 @@ def precision_recall(
 # %% ../nbs/09_evaluation.ipynb #77ead1f3
 def density_coverage(
     a: Tensor,  # generated images, or their features (N,D)
-    b: Tensor,  # real ones
+    b: Tensor,  # real ones; as many, since fewer generated ones reach fewer balls
     features=None,  # batch -> (N,D), see `extract`; None: a and b are features
     k: int = 5,  # a ball reaches to the k-th neighbour
 ) -> dict:  # density (1 for the same source), coverage in [0, 1] (1 - 2**-k for the same source and many samples)
@@ -118,7 +119,8 @@ def density_coverage(
     a, b = feature_sets(a, b, features)
     r, hits, covered = radii(b, k) * (1 - 1e-9), 0, torch.zeros(len(b), dtype=torch.bool)
     for chunk in a.split(1000):
-        inside = distances(chunk, b) < r
+        d = distances(chunk, b)
+        inside = (d < r) | (d == 0)  # where b holds copies, a ball may be a point: it holds what is there
         hits, covered = hits + inside.sum().item(), covered | inside.any(0)
     return dict(density=hits / (k * len(a)), coverage=covered.double().mean().item())
 
@@ -128,11 +130,14 @@ def nearest_neighbours(
     b: Tensor,  # (M,...) of the same shape
     k: int = 1,
     chunk: int = 256,  # members of a at once
-):  # distances (N,k), nearest first, and indices into b (N,k); ValueError for other shapes or too few
+):  # distances (N,k), nearest first, and indices into b (N,k); ValueError for other shapes, too few, none, NaN
     "Which members of b are nearest to each of a, by the Euclidean distance of all their numbers."
     if a.shape[1:] != b.shape[1:]: raise ValueError(f"neighbours have the same shape, not {tuple(a.shape[1:])} and {tuple(b.shape[1:])}")
     if not 1 <= k <= len(b): raise ValueError(f"there are {len(b)} candidates: k goes from 1 to that, not {k}")
-    a, b, out = as_float(a).flatten(1), as_float(b).flatten(1), []
+    if not len(a): raise ValueError("there is nobody to find neighbours for: the first set is empty")
+    dtype = torch.float64 if a.dtype == b.dtype == torch.float64 else torch.float32
+    for x in (a, b): check_range(x); check_finite(x, "members of a set")
+    a, b, out = as_float(a, dtype).flatten(1), as_float(b, dtype).flatten(1), []
     for c in a.split(chunk):
         near = torch.cdist(c, b).topk(min(k + 4, len(b)), largest=False).indices  # fast, but rounded: 4 to spare
         d, order = (c[:, None] - b[near]).norm(dim=2).sort(1)  # exact: a copy is at distance 0
@@ -173,18 +178,24 @@ def memorisation(
                 train=to_train[:, 0].median().item(), heldout=to_heldout[:, 0].median().item())
 
 # %% ../nbs/09_evaluation.ipynb #be70aeb9
+def _levels(images, labels, ts, T):  # the times, after a look at what goes with them
+    ts = T * torch.arange(1, 11) / 10 if ts is None else torch.as_tensor(ts).reshape(-1)
+    if len(images) < 2: raise ValueError(f"a loss with a standard error takes at least 2 images, not {len(images)}")
+    if labels is not None and len(labels) != len(images): raise ValueError(f"{len(labels)} labels for {len(images)} images: pass one for each")
+    if not ((ts > 0) & (ts <= T)).all(): raise ValueError(f"times lie above 0 and up to {T:g}, these go from {ts.min():g} to {ts.max():g}")
+    return ts
+
 @torch.no_grad()
 def loss_per_level(
     denoiser,  # a denoiser.Denoiser, such as Diffusion.ema_model
-    images: Tensor,  # (N,C,H,W) uint8, or floats in [-1, 1]
+    images: Tensor,  # (N,C,H,W) uint8, or floats in [-1, 1]; at least 2, for the error
     labels=None,  # (N,) conditions
     ts=None,  # (K,) times above 0; None: ten from t_max / 10 to t_max
     seed: int = 0,  # of the noise: the same for every level and every model
     batch_size: int = 256,
-) -> dict:  # t, loss, error: (K,) tensors on the CPU; error is the standard error over the images
+) -> dict:  # t, loss, error: (K,) tensors on the CPU; error is the standard error over the images; ValueError for too few, other times
     "The denoising loss at each noise level, to be set against denoiser.loss_floor."
-    T, device = denoiser.process.t_max, next(denoiser.parameters(), images).device
-    ts = T * torch.arange(1, 11) / 10 if ts is None else torch.as_tensor(ts).reshape(-1)
+    ts, device = _levels(images, labels, ts, denoiser.process.t_max), next(denoiser.parameters(), images).device
     was_training, levels = denoiser.training, []
     denoiser.eval()
     for t in ts:
@@ -211,13 +222,15 @@ MEANING = dict(
     coverage="share of real images with one of these near by",
     closer="nearer to a training image than to a held-out one",
     expected="what that share is for an honest generator",
+    closer_z="how far above, in standard errors: more than 3 is no accident",
     copies="three times nearer to one training image than to any other",
+    copies_z="the same for the copies, against those of held-out images",
 )
 
 def report(
     images: Tensor,  # (N,C,H,W) generated, uint8 or floats in [-1, 1]
     labels,  # (N,) the classes that were asked for, or None
-    reference: Tensor,  # (M,C,H,W) real images, best a test split; or their features
+    reference: Tensor,  # (M,C,H,W) real images, best a test split; or their features; at least 6 of each
     classifier=None,  # a judge for label accuracy, and for its features
     features=None,  # see `extract`; None: the classifier's, else RandomFeatures
     train=None,  # training images, and
@@ -225,19 +238,31 @@ def report(
     seed: int = 0,  # of the choice of as many real images as generated ones, for precision and the like
 ) -> dict:  # the numbers of MEANING, their standard errors as NAME_error, n and n_reference
     "All numbers together; for a floor, call it again with real images in the place of the generated ones."
+    if min(len(images), len(reference)) < 6:
+        raise ValueError(f"a report takes 6 images and 6 real ones or more (coverage looks at the fifth neighbour), not {len(images)} and {len(reference)}")
     features = features or (classifier.features if classifier is not None else RandomFeatures(images.shape[1:]))
     (a, b), out = feature_sets(images, reference, features), dict(n=len(images), n_reference=len(reference))
     if classifier is not None and labels is not None:
         p = label_accuracy(classifier, images, labels)
         out |= dict(label_accuracy=p, label_accuracy_error=(p * (1 - p) / len(images)) ** 0.5)
     n, g = min(len(a), len(b)), torch.Generator().manual_seed(seed)
-    out["fid"], (out["kid"], out["kid_error"]) = frechet_distance(a, b), kernel_distance(a, b, subsets=max(min(10, n // 10), 1), seed=seed)
+    out["fid"], (out["kid"], out["kid_error"]) = frechet_distance(a, b), kernel_distance(a, b, subsets=max(min(10, n // 10), 2), seed=seed)
     a, b = (f[torch.randperm(len(f), generator=g)[:n]] for f in (a, b))
     out |= precision_recall(a, b) | density_coverage(a, b)
     if train is not None and heldout is not None:
         m = memorisation(images, train, heldout)
         out |= {k: m[k] for k in ("closer", "expected", "copies", "copies_heldout", "copies_z")} | dict(closer_error=m["error"], closer_z=m["z"])
     return out
+
+def real_draw(
+    dls,  # data.DataLoaders
+    n: int,  # how many; fewer, where there are fewer
+    seed: int = 0,
+):  # the split, the indices (n,) of the drawn, the indices of the rest
+    "Real images, drawn at random: from the validation split, as a classifier has seen the training images; from these only where valid has less than 50."
+    split = dls.valid if len(dls.valid.labels) >= min(n, 50) else dls.train
+    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(seed)).to(split.labels.device)
+    return split, order[:n], order[n:]
 
 def real_report(
     dls,  # data.DataLoaders
@@ -246,12 +271,10 @@ def real_report(
     features=None,
     seed: int = 0,
 ) -> dict:  # as `report`; label accuracy over the whole test split
-    "What real images get: those of the validation split, as a classifier has seen the training images; of these only where valid has less than 50."
-    from_valid, g = len(dls.valid.labels) >= min(n, 50), torch.Generator().manual_seed(seed)
-    pool = (dls.valid if from_valid else dls.train).images
-    order = torch.randperm(len(pool), generator=g).to(pool.device)
-    fresh, rest = pool[order[:n]], pool[order[n:]]
-    train, heldout = (dls.train.images, rest if len(rest) >= n else dls.test.images) if from_valid else (rest, dls.valid.images)
+    "What real images get, those of `real_draw`."
+    split, drawn, others = real_draw(dls, n, seed)
+    fresh, rest = split.images[drawn], split.images[others]
+    train, heldout = (rest, dls.valid.images) if split is dls.train else (dls.train.images, rest if len(rest) >= n else dls.test.images)
     sets = dict(train=train, heldout=heldout) if len(train) and len(heldout) else {}
     out = report(fresh, None, dls.test.images, classifier, features, seed=seed, **sets)
     if classifier is None: return out
@@ -266,6 +289,8 @@ def report_table(
         if k not in r: return "-"
         return f"{r[k]:.3g}" + (f" +- {r[k + '_error']:.1g}" if r.get(k + "_error", 0) > 0 else "")
     names = [k for k in MEANING if any(k in r for r in rows.values())]
-    lines = [["", *rows, ""], ["images", *(str(r["n"]) for r in rows.values()), "how many"]] + [[k, *(cell(r, k) for r in rows.values()), MEANING[k]] for k in names]
+    counts = dict(n=("images", "how many"), n_reference=("reference", "how many real images they are compared with"))
+    lines = [["", *rows, ""]] + [[name, *(str(r.get(k, "-")) for r in rows.values()), text] for k, (name, text) in counts.items()]
+    lines += [[k, *(cell(r, k) for r in rows.values()), MEANING[k]] for k in names]
     widths = [max(len(l[i]) for l in lines) for i in range(len(rows) + 1)]
     return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(l, widths)), l[-1]]).rstrip() for l in lines)

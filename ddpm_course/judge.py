@@ -83,16 +83,17 @@ def predict(
     "The class that a classifier reads in each image."
     if tuple(images.shape[1:]) != classifier.shape:
         raise ValueError(f"the classifier reads images of shape {classifier.shape}, not {tuple(images.shape[1:])}")
-    device = classifier.head.weight.device
-    return torch.cat([classifier(as_float(x).to(device)).argmax(1).cpu() for x in images.split(batch_size)])
+    weight = classifier.head.weight
+    return torch.cat([classifier(as_float(x, weight.dtype).to(weight.device)).argmax(1).cpu() for x in images.split(batch_size)])
 
 def label_accuracy(
     classifier: Classifier,
     images: Tensor,  # (N,C,H,W) uint8, or floats in [-1, 1], real or generated
     labels: Tensor,  # (N,) the class that each has, or that was asked for
-) -> float:  # share in [0, 1]
+) -> float:  # share in [0, 1]; ValueError for no images, or another number of labels
     "Share of the images in which the classifier reads the label."
     labels = torch.as_tensor(labels).cpu()
+    if not len(images): raise ValueError("there are no images to read: pass at least one")
     if len(labels) != len(images): raise ValueError(f"{len(labels)} labels for {len(images)} images")
     return (predict(classifier, images) == labels).float().mean().item()
 
