@@ -123,14 +123,35 @@ def _folder(path, dls, against):  # images (N,C,H,W) uint8, labels or None
     def frame(u8): return fit_image(u8, dls.shape[1:], "pad", 0 if ink else None, 1.25 if ink else 1.0)
     parts, classes, _ = load_parts(Path(path), frame, dls.shape[0])
     images, labels = (torch.cat([getattr(p, k) for p in parts.values()]) for k in ("images", "labels"))
+    if classes and dls.classes and not set(classes) <= set(dls.classes):
+        click.echo(f"warning: no label accuracy: the class folders are {', '.join(classes[:12])}, and the classes of {dls.name} are {', '.join(dls.classes[:12])}", err=True)
     if not classes or not set(classes) <= set(dls.classes): return images, None
     return images, torch.tensor([dls.classes.index(c) for c in classes])[labels]
 
-def _drawn(diff, dls, n, steps, guidance, seed):  # images from a model, and the labels it was asked for, where the data has the same
+def _drawn(diff, dls, n, steps, guidance, seed):  # images from a model, and the labels asked for (those of real images), where the data has the same
     import torch
-    labels = torch.arange(n) % diff.num_classes if diff.num_classes else None
-    images = diff.sample(labels, n=n, cfg_scale=guidance if diff.num_classes else 1.0, n_steps=steps, seed=seed)
-    return images.cpu(), labels if diff.num_classes and diff.classes == dls.classes else None
+    from ddpm_course.evaluation import real_draw
+    if not diff.num_classes: return diff.sample(n=n, n_steps=steps, seed=seed).cpu(), None
+    split, drawn, _ = real_draw(dls, n, seed)
+    labels, same = split.labels[drawn].cpu().repeat(-(-n // len(drawn)))[:n], diff.classes == dls.classes
+    if not same: labels = torch.randint(diff.num_classes, (n,), generator=torch.Generator().manual_seed(seed))
+    return diff.sample(labels, n=n, cfg_scale=guidance, n_steps=steps, seed=seed).cpu(), labels if same else None
+
+def _reference(against, **kw):  # the data to compare with, and which part of it that is, in words
+    from ddpm_course.data import get_dls
+    dls = get_dls(against, **kw)
+    few, total = len(dls.test.labels), sum(len(b.labels) for b in (dls.train, dls.valid, dls.test))
+    if few < 6: raise ValueError(f"{dls.name} holds {total} images, and only {few} in its test split: comparing takes 6 there, about 60 in all")
+    return dls, f"reference: the test split of {dls.name}, {few:,} of its {total:,} images"
+
+def _judge(dls, device):  # a classifier; where none ships, that is said
+    from ddpm_course.evaluation import classifier_for, ships
+    from ddpm_course.pretrained import manifest
+    if not ships(dls):
+        shape = manifest().get(f"classifier-{dls.name}", dict(config={}))["config"].get("shape")
+        hint = f" (one ships for {'x'.join(map(str, shape))}: --img-size {shape[-1]})" if shape and list(dls.shape) != list(shape) else ""
+        click.echo(f"no classifier ships for {dls.name} of {'x'.join(map(str, dls.shape))}{hint}: one is read from the cache, or trained now, in minutes", err=True)
+    return classifier_for(dls, device=device)
 
 # %% ../nbs/91_cli.ipynb #3266ec75
 @main.command()
@@ -150,22 +171,27 @@ def evaluate(what, against, root, img_size, n, steps, guidance, features, seed, 
     import warnings
     import torch
     from ddpm_course.checkpoint import write_json
-    from ddpm_course.core import default_device
-    from ddpm_course.data import get_dls
-    from ddpm_course.evaluation import RandomFeatures, classifier_for, inception_features, pixel_features, real_report, report, report_table
+    from ddpm_course.core import choose, default_device
+    from ddpm_course.evaluation import RandomFeatures, inception_features, pixel_features, real_report, report, report_table
     from ddpm_course.files import is_path
+    from ddpm_course.pretrained import manifest
     from ddpm_course.training import Diffusion, load_pretrained
-    if n < 2: raise ValueError(f"--n is a number of images, at least 2, not {n}")
+    if n < 6: raise ValueError(f"--n is a number of images, at least 6 (coverage looks at the fifth neighbour), not {n}")
     device, is_run = default_device(device), any(Path(what, f).exists() for f in ("config.json", "manifest.json"))
+    models = {k: e for k, e in manifest().items() if "net" in e["config"]}
+    if not is_run and not is_path(what): choose(what, models, "model (and no run or folder of that name)")
+    out = Path(out or (Path(what, "evaluation.json") if is_run else "evaluation.json"))
+    if out.is_dir(): raise ValueError(f"--out is a file to write, and {out} is a folder: name one in it, such as {out / 'evaluation.json'}")
+    out.parent.mkdir(parents=True, exist_ok=True)
     diff = Diffusion.load(what, device) if is_run else None if is_path(what) else load_pretrained(what, device)
     size, channels = (diff.shape[1:], diff.shape[0]) if diff else (img_size, None)
-    dls = get_dls(against, img_size=size, root=root, seed=diff.seed if diff else 0, channels=channels)
+    dls, reference = _reference(against, img_size=size, root=root, seed=diff.seed if diff else 0, channels=channels)
     if features == "classifier" and not dls.num_classes: raise ValueError(f"{dls.name} has no classes: --features is random, pixels or inception")
     images, labels = _drawn(diff, dls, n, steps, guidance, seed) if diff else _folder(what, dls, against)
     if len(images) > n:
         pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n]
         images, labels = images[pick], None if labels is None else labels[pick]
-    judge, features = classifier_for(dls, device=device) if dls.num_classes else None, features or ("classifier" if dls.num_classes else "random")
+    judge, features = _judge(dls, device) if dls.num_classes else None, features or ("classifier" if dls.num_classes else "random")
     eyes = dict(classifier=lambda: judge.features, random=lambda: RandomFeatures(dls.shape).to(device), pixels=lambda: pixel_features, inception=lambda: inception_features(device))
     options = dict(classifier=judge, features=eyes[features](), seed=seed)
     with warnings.catch_warnings(record=True) as caught:
@@ -173,8 +199,8 @@ def evaluate(what, against, root, img_size, n, steps, guidance, features, seed, 
         numbers = report(images, labels, dls.test.images, train=dls.train.images, heldout=dls.valid.images, **options)
         real = real_report(dls, len(images), **options)
     click.echo(report_table({Path(what).name if diff is None or is_run else what: numbers, f"real {dls.name}": real}))
+    click.echo(reference)
     for message in dict.fromkeys(str(w.message) for w in caught): click.echo(f"warning: {message}", err=True)
-    out = Path(out or (Path(what, "evaluation.json") if is_run else "evaluation.json"))
     made = dict(steps=steps, guidance=guidance if diff.num_classes else 1.0) if diff else {}
     write_json(out, dict(what=str(what), against=str(against), features=features, seed=seed, **made, numbers=numbers, real=real))
     click.echo(f"{out}")

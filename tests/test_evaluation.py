@@ -4,6 +4,7 @@ import json
 import math
 import urllib.error
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +49,31 @@ def test_features_of_uint8_and_of_floats_are_the_same_however_they_are_cut(net):
     assert f.dtype == torch.float64 and len(f) == 23 and f.std() > 0
     assert torch.equal(f, ev.extract(net, to_float(u8)))
     torch.testing.assert_close(f, ev.extract(net, u8, batch_size=4), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_images_of_any_precision_are_read(dtype):
+    x, net, judge = to_float(pixels(9)), ev.RandomFeatures((1, 8, 8)), ev.Classifier((1, 8, 8), 3).eval()
+    torch.testing.assert_close(ev.extract(net, x.to(dtype)), ev.extract(net, x.to(dtype).float()))
+    assert torch.equal(ev.predict(judge, x.to(dtype)), ev.predict(judge, x.to(dtype).float()))
+    d, i = ev.nearest_neighbours(x.to(dtype), pixels(9))  # one of them as pixels
+    assert i[:, 0].tolist() == list(range(9)) and d.max() < 0.1
+    torch.testing.assert_close(ev.extract(net.to(torch.bfloat16), pixels(9)), ev.extract(ev.RandomFeatures((1, 8, 8)), pixels(9)), rtol=0.1, atol=0.1)  # its own precision
+
+
+RANGES = dict(zero_to_one=(lambda u8: u8 / 255, "from 0 to 1:"), zero_to_255=(lambda u8: u8.float(), "from 0 to 255:"),
+              standardised=(lambda u8: (u8 / 255 - 0.13) / 0.31, "from -0.419 to 2.81:"))
+
+
+@pytest.mark.parametrize("what", RANGES)
+def test_floats_of_another_range_come_with_a_warning_wherever_images_are_compared(what):
+    make, words = RANGES[what]
+    u8 = pixels(200)
+    for call in (lambda x: ev.fid(x, u8, ev.pixel_features), lambda x: ev.memorisation(x, u8[:100], u8[100:])):
+        with pytest.warns(UserWarning, match=words): call(make(u8))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(u8); call(to_float(u8)); call(to_float(u8) + 0.1 * torch.randn(u8.shape, generator=torch.Generator().manual_seed(0)))
 
 
 def test_a_classifier_its_method_and_a_module_in_training_mode_give_the_same_features():
@@ -103,9 +129,21 @@ BAD_FEATURES = dict(
     parts=(lambda: ev.kid(normal(100), normal(100), subsets=3, size=40), "3 parts of 40"),
     one_image_precision=(lambda: ev.precision_recall(pixels(1), pixels(20), flat), "neighbour number 3 takes at least 4 samples, not 1"),
     one_image_coverage=(lambda: ev.density_coverage(pixels(20), pixels(1), flat), "neighbour number 5 takes at least 6 samples, not 1"),
+    nothing=(lambda: ev.density_coverage(normal(0), normal(20)), "one of the sets is empty"),
+    no_parts=(lambda: ev.kid(normal(20), normal(20), subsets=0), "at least 1, not 0"),
     no_neighbour=(lambda: ev.precision_recall(normal(20), normal(20), k=0), "k is at least 1, not 0"),
     neighbours=(lambda: ev.nearest_neighbours(normal(5), normal(3), k=4), "3 candidates", "not 4"),
     shapes=(lambda: ev.nearest_neighbours(pixels(5), pixels(5, 3)), "(1, 8, 8) and (3, 8, 8)"),
+    nobody=(lambda: ev.memorisation(normal(0), normal(20), normal(20)), "the first set is empty"),
+    nan_generated=(lambda: ev.memorisation(nans(normal(20)), normal(20), normal(20)), "3 of 20 members of a set hold NaN"),
+    nan_heldout=(lambda: ev.memorisation(normal(20), normal(20), nans(normal(20))), "3 of 20 members of a set hold NaN"),
+    nothing_read=(lambda: ev.label_accuracy(ev.Classifier((1, 8, 8), 3), pixels(0), []), "no images to read"),
+    one_image_loss=(lambda: ev.loss_per_level(tiny_diffusion().model, pixels(1)), "at least 2 images, not 1"),
+    labels_loss=(lambda: ev.loss_per_level(tiny_diffusion().model, pixels(4), [0, 1]), "2 labels for 4 images"),
+    time_0=(lambda: ev.loss_per_level(tiny_diffusion().model, pixels(4), ts=[0, 50]), "above 0 and up to 100", "0 to 50"),
+    time_101=(lambda: ev.loss_per_level(tiny_diffusion().model, pixels(4), ts=[101]), "above 0 and up to 100"),
+    small_report=(lambda: ev.report(pixels(5), None, pixels(20), features=flat), "6 images and 6 real ones", "not 5 and 20"),
+    small_reference=(lambda: ev.report(pixels(20), None, pixels(5), features=flat), "not 20 and 5"),
 )
 
 
@@ -201,6 +239,19 @@ def test_kid_uses_the_whole_sets_whatever_their_sizes_and_its_seed_decides_the_p
     assert ev.kid(pixels(40), pixels(70, seed=1), ev.pixel_features) == ev.kernel_distance(*(ev.extract(ev.pixel_features, x) for x in (pixels(40), pixels(70, seed=1))))
 
 
+def test_the_kernel_distance_of_a_set_and_itself_is_below_zero_and_so_is_that_of_sets_with_equal_classes():
+    a = normal(40)
+    assert ev.kernel_distance(a, a, subsets=1)[0] < 0
+    centres = 3 * torch.eye(5).double()
+    def drawn(n, seed, equal):
+        k = torch.arange(n) % 5 if equal else torch.randint(5, (n,), generator=torch.Generator().manual_seed(seed))
+        return centres[k] + 0.1 * normal(n, seed=seed)
+    for equal in (False, True):
+        d = torch.tensor([ev.kernel_distance(drawn(50, s, equal), drawn(50, 1000 + s, False), subsets=1)[0] for s in range(300)])
+        z = (d.mean() / d.std() * 300**0.5).item()
+        assert z < -5 if equal else abs(z) < 4, (equal, z)
+
+
 def test_parts_of_a_given_size_are_disjoint():
     a = torch.arange(30.0).double()[:, None]
     seen = []
@@ -263,6 +314,12 @@ def test_identical_sets(scale, offset):
     a = scale * normal(60, 4) + offset
     assert ev.precision_recall(a, a) == dict(precision=1, recall=1, f1=1)
     assert ev.density_coverage(a, a) == dict(density=1, coverage=1)
+
+
+def test_identical_sets_in_which_every_point_comes_six_times():
+    a = normal(30).repeat(6, 1)  # the fifth neighbour is at distance 0
+    assert ev.density_coverage(a, a) == dict(density=6 / 5, coverage=1) and ev.precision_recall(a, a)["f1"] == 1
+    assert ev.density_coverage(a[:15], a) == dict(density=6 / 5, coverage=0.5)
 
 
 def test_a_set_far_away_and_ten_copies_of_ten():
@@ -348,6 +405,7 @@ COPIERS = dict(
 )
 
 
+@pytest.mark.filterwarnings("ignore:images as floats")  # bell-shaped numbers stand for images
 @pytest.mark.parametrize("kind", COPIERS)
 def test_a_copier_is_caught(kind):
     T, H, fresh = (normal(600, 40, seed=s, dtype=torch.float32).reshape(600, 1, 5, 8) for s in (1, 2, 3))
@@ -521,10 +579,27 @@ def test_report_compares_equal_numbers_where_balls_are_counted_and_all_there_are
 
 
 def test_the_table_has_a_column_for_each_and_a_meaning_for_each_row():
-    rows = dict(model=dict(n=10, fid=3.14159, kid=0.1, kid_error=0.02), real=dict(n=10, fid=1.0, label_accuracy=0.5))
+    rows = dict(model=dict(n=10, n_reference=10_000, fid=3.14159, kid=0.1, kid_error=0.02, closer_z=3.21), real=dict(n=10, fid=1.0, label_accuracy=0.5))
     lines = ev.report_table(rows).splitlines()
-    assert lines[0].split() == ["model", "real"] and "3.14" in lines[3] and ev.MEANING["fid"] in lines[3]
-    assert "0.1 +- 0.02" in lines[4] and lines[2].split()[:3] == ["label_accuracy", "-", "0.5"]
+    assert lines[0].split() == ["model", "real"] and lines[1].split()[:3] == ["images", "10", "10"] and lines[2].split()[:3] == ["reference", "10000", "-"]
+    assert lines[3].split()[:3] == ["label_accuracy", "-", "0.5"] and "3.14" in lines[4] and ev.MEANING["fid"] in lines[4]
+    assert "0.1 +- 0.02" in lines[5] and lines[6].split()[:3] == ["closer_z", "3.21", "-"]
+
+
+@pytest.mark.parametrize("n", [6, 11, 19, 25])
+def test_a_report_of_few_images_holds_numbers_only(n):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        r = ev.report(pixels(n), None, pixels(60, seed=1), features=ev.pixel_features, train=pixels(30, seed=2), heldout=pixels(30, seed=3))
+    assert all(math.isfinite(v) for v in r.values()) and r["kid_error"] > 0
+
+
+def test_real_images_are_drawn_at_random_with_their_labels():
+    dls = tiny_dls()
+    split, drawn, rest = ev.real_draw(dls, 10, seed=1)
+    assert split is dls.valid and len(drawn) == 10 and sorted(torch.cat([drawn, rest]).tolist()) == list(range(24))
+    assert torch.equal(drawn, ev.real_draw(dls, 10, seed=1)[1]) and not torch.equal(drawn, ev.real_draw(dls, 10, seed=2)[1])
+    assert ev.real_draw(dls, 30)[0] is dls.train and len(ev.real_draw(dls, 100)[1]) == 64
 
 
 def test_what_real_images_get_is_measured_on_images_that_neither_judge_nor_model_saw_where_there_are_enough(monkeypatch):
@@ -564,14 +639,22 @@ def evaluate(*args, code=0):
     return done.output
 
 
+def plain_json(*path):  # what JSON knows: no NaN
+    def no(constant): raise AssertionError(constant)
+    return json.loads(Path(*path).read_text(), parse_constant=no)
+
+
 def test_evaluate_a_run(run, shipping, tmp_path):
     said = evaluate(run, "--against", "digits", "--n", 60, "--steps", 2, "--seed", 3)
-    written = json.loads((tmp_path.parent / run / "evaluation.json").read_text())
+    written = plain_json(run, "evaluation.json")
+    assert "reference: the test split of digits, 179 of its 1,797 images" in said
     assert f"{run}/evaluation.json" in said and "warning: 60 samples for 128 features" in said
     assert {k: written[k] for k in ("against", "features", "seed", "steps", "guidance")} == dict(against="digits", features="classifier", seed=3, steps=2, guidance=2.0)
     numbers, real = written["numbers"], written["real"]
     assert numbers["n"] == real["n"] == 60 and numbers["n_reference"] == 179 and set(ev.MEANING) < set(numbers) and set(ev.MEANING) < set(real)
-    y, dls = torch.arange(60) % 10, get_dls("digits", img_size=16)
+    dls = get_dls("digits", img_size=16)
+    y = dls.valid.labels[ev.real_draw(dls, 60, 3)[1]]  # the labels of the real column
+    assert y.bincount(minlength=10).unique().numel() > 1  # a random draw: not six of each
     images = Diffusion.load(run, "cpu").sample(y, cfg_scale=2.0, n_steps=2, seed=3)
     judge = ev.shipped_classifier("classifier-digits", device="cpu")
     assert numbers["label_accuracy"] == ev.label_accuracy(judge, images, y) and real["label_accuracy"] == pytest.approx(ev.test_accuracy(judge, dls))
@@ -604,9 +687,35 @@ def test_evaluate_a_folder_of_copied_training_images(shipping, tmp_path):
 
 def test_evaluate_a_folder_of_another_size_without_classes(shipping, tmp_path):
     stored = pixels(12, size=8)
-    evaluate(pictures(tmp_path / "small", stored), "--against", "digits", "--img-size", 16, "--features", "pixels", "--n", 10, "--out", tmp_path / "e.json")
-    numbers = json.loads((tmp_path / "e.json").read_text())["numbers"]
-    assert numbers["n"] == 10 and "label_accuracy" not in numbers
+    said = evaluate(pictures(tmp_path / "small", stored), "--against", "digits", "--img-size", 16, "--features", "pixels", "--n", 10, "--out", tmp_path / "new" / "e.json")
+    numbers = plain_json(tmp_path, "new", "e.json")["numbers"]  # the folder is made, and ten images have a standard error too
+    assert numbers["n"] == 10 and "label_accuracy" not in numbers and numbers["kid_error"] > 0
+    assert "class folders" not in said
+
+
+def test_class_folders_of_other_names_are_named(shipping, tmp_path):
+    folder = pictures(tmp_path / "words", pixels(20, size=16), ["seven", "three"] * 10)
+    said = evaluate(folder, "--against", "digits", "--img-size", 16, "--features", "pixels", "--out", tmp_path / "e.json")
+    assert "no label accuracy: the class folders are seven, three, and the classes of digits are 0, 1, 2" in said
+    assert "label_accuracy" not in plain_json(tmp_path, "e.json")["numbers"]
+
+
+def test_a_model_with_other_classes_than_the_data_is_asked_for_its_own():
+    dls, diff = tiny_dls(), tiny_diffusion()
+    images, labels = cli._drawn(diff, dls, 100, 1, 1.0, 0)
+    assert labels is None and images.shape == (100, 1, 8, 8)
+    diff.classes = dls.classes
+    images, labels = cli._drawn(diff, dls, 100, 1, 1.0, 0)  # more than there are: the same again
+    split, drawn, _ = ev.real_draw(dls, 100)
+    assert torch.equal(labels, split.labels[drawn].repeat(2)[:100])
+
+
+def test_what_has_no_judge_is_said(shipping, tmp_path, monkeypatch):
+    monkeypatch.setattr(ev, "classifier_for", lambda dls, **kw: ev.Classifier(dls.shape, 10).eval())
+    folder = pictures(tmp_path / "f", pixels(12, size=8))
+    said = evaluate(folder, "--against", "digits", "--img-size", 8, "--features", "pixels", "--out", tmp_path / "e.json")
+    assert "no classifier ships for digits of 1x8x8 (one ships for 1x16x16: --img-size 16)" in said
+    assert "no classifier ships" not in evaluate(folder, "--against", "digits", "--img-size", 16, "--features", "pixels", "--out", tmp_path / "e.json")
 
 
 def test_labels_go_with_their_images_where_a_folder_has_some_of_the_classes_and_more_images_than_asked(shipping, tmp_path, monkeypatch):
@@ -631,7 +740,8 @@ def test_a_folder_is_fitted_to_the_frame_as_its_reference_is(tmp_path):
 
 EVALUATE = dict(
     data=(["--against", "digit"], "Did you mean 'digits'?"),
-    n=(["--against", "digits", "--n", 1], "at least 2, not 1"),
+    n=(["--against", "digits", "--n", 5], "at least 6 (coverage looks at the fifth neighbour), not 5"),
+    out=(["--against", "digits", "--features", "pixels", "--out", "."], "is a folder: name one in it, such as evaluation.json"),
     steps=(["--against", "digits", "--steps", 0, "--features", "pixels"], "1 to 100 steps, not 0"),
 )
 
@@ -645,6 +755,14 @@ def test_evaluate_typed_wrong(what, run):
 
 def test_evaluate_what_is_not_there(shipping, tmp_path):
     assert "does not exist" in evaluate(tmp_path / "none", "--against", "digits", "--img-size", 16, code=1)
-    assert "Did you mean 'classifier-digits'?" in evaluate("classifier-digit", "--against", "digits", code=1)
-    pictures(tmp_path / "a", pixels(12)); pictures(tmp_path / "b", pixels(12, seed=1))
+    assert "6 images and 6 real ones" in evaluate(pictures(tmp_path / "three", pixels(3)), "--against", "digits", "--img-size", 16, "--out", tmp_path / "e.json", code=1)
+    few = evaluate(tmp_path / "three", "--against", pictures(tmp_path / "c", pixels(19, seed=1)), "--img-size", 8, code=1)
+    assert "c holds 19 images, and only" in few and "about 60 in all" in few
+    pictures(tmp_path / "a", pixels(12)); pictures(tmp_path / "b", pixels(150, seed=1))
     assert "has no classes" in evaluate(tmp_path / "a", "--against", tmp_path / "b", "--features", "classifier", code=1)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "digit", "classifier-digits"])
+def test_evaluate_a_name_that_is_no_model(name):  # a classifier draws nothing
+    said = evaluate(name, "--against", "digits", code=1)
+    assert f"(and no run or folder of that name) '{name}': choose one of 'digits', 'mnist', 'shapes'" in said
