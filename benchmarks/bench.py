@@ -153,7 +153,9 @@ def over_seeds(values: list, digits: int = 3) -> str:
     values = [v for v in values if v is not None]
     if len(values) < 2:
         return short(values[0] if values else None, digits)
-    return f"{short(statistics.mean(values), digits)} ± {short((max(values) - min(values)) / 2, max(digits - 1, 1))}"
+    mean, half = short(statistics.mean(values), digits), (max(values) - min(values)) / 2
+    decimals = len(mean.partition(".")[2])
+    return f"{mean} ± {short(half, max(digits - 1, 1)) if half >= 10**-decimals else f'{0:.{decimals}f}'}"  # no more decimals than the mean has
 
 
 def markdown(header: list, rows: list) -> str:

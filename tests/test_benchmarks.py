@@ -68,6 +68,7 @@ def test_numbers_are_short(bench, x, says):
 
 def test_seeds_are_summed_up_by_mean_and_half_range(bench):
     over_seeds = bench("bench").over_seeds
+    assert over_seeds([0.0161, 0.0161001]) == "0.0161 ± 0.0000" and over_seeds([0.25, 0.26]) == "0.255 ± 0.0050"
     assert over_seeds([1.0, 2.0, 6.0]) == "3.00 ± 2.5" and over_seeds([4.0]) == "4.00" and over_seeds([]) == over_seeds([None]) == ""
 
 
