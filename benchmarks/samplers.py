@@ -19,7 +19,7 @@ import torch
 from bench import Results, begin, markdown, measured_on, over_seeds, parser, short
 
 SCALE, KEY = 2.0, ("library", "sampler", "steps")
-OURS = [("euler", n) for n in (5, 10, 20, 50)] + [("heun", n) for n in (5, 10, 25)] + [("ancestral", n) for n in (10, 20, 50, 100)]
+OURS = [("euler", n) for n in (5, 10, 20, 50)] + [("heun", n) for n in (5, 10, 25)] + [("ancestral", n) for n in (10, 20, 50, 100)] + [(name, n) for name in ("dpmpp_2m", "unipc") for n in (5, 10, 20)]
 DIFFUSERS = dict(  # each with the settings that do best for this schedule and for pixels, of those that its documentation names
     DDIMScheduler=dict(timestep_spacing="trailing"),
     EulerDiscreteScheduler=dict(timestep_spacing="trailing"),
@@ -76,8 +76,8 @@ def source_way(diff, y, steps: int = 999):
 
 
 def ours(name: str, n: int):
-    from ddpm_course.sampling import STEPS
-    return lambda diff, y: diff.sample(y, cfg_scale=SCALE, n_steps=n, step=STEPS[name])  # its noise comes from torch.manual_seed, chunk after chunk
+    from ddpm_course.model import make_step
+    return lambda diff, y: diff.sample(y, cfg_scale=SCALE, n_steps=n, step=make_step(name))  # its noise comes from torch.manual_seed, chunk after chunk
 
 
 def plan(only: list, quick: bool) -> list:
