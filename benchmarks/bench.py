@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from datetime import date
 from importlib import metadata
@@ -124,6 +125,23 @@ class Results:
 
 def load(path) -> list:
     return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else []
+
+
+def labels(n: int, num_classes: int):
+    "What samples are asked for: every class equally often."
+    import torch
+    return torch.arange(n) % num_classes
+
+
+def race(runs: dict, rounds: int, clock=None) -> dict:
+    "Seconds of each function: one after the other in turn, the median of the rounds, since shared machines drift."
+    clock, taken = clock or time.perf_counter, {key: [] for key in runs}
+    for _ in range(rounds):
+        for key, run in runs.items():
+            start = clock()
+            run()
+            taken[key].append(clock() - start)
+    return {key: statistics.median(v) for key, v in taken.items()}
 
 
 def child(script: str, args, *more) -> dict:

@@ -24,7 +24,7 @@ import tokenize
 from pathlib import Path
 
 import torch
-from bench import HERE, Results, above_0, begin, markdown, measured_on, over_seeds, parser
+from bench import HERE, Results, above_0, begin, labels, markdown, measured_on, over_seeds, parser
 
 NAMES = dict(ddpm="DDPM, cosine schedule", vp="VP, the SDE of DDPM", ve="VE, the SDE of NCSN", edm="EDM", flow="flow matching")
 SETTINGS = dict(ddpm=dict(schedule="cosine"))  # of the process, where the default is not what one would train
@@ -142,7 +142,7 @@ def measure(bench: Bench, family: str, predict: str, seed: int):
     "Train one family, or find it; write a row for each number of evaluations; the first images of the last one."
     args, dls = bench.args, bench.dls
     diff, training = bench.trained(family, predict, seed)
-    y = torch.arange(args.n) % dls.num_classes
+    y = labels(args.n, dls.num_classes)
     shared = dict(data=args.data, family=family, predict=predict, budget=bench.budget, seed=seed, guidance=args.guidance,
                   recipe=bench.recipe, training=training, lines=family_lines(family, predict), bits=bits(diff, dls, args.bits), bits_n=args.bits)
     for evaluations in args.evaluations:

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 
 import torch
-from bench import Results, begin, markdown, measured_on, over_seeds, parser, short
+from bench import Results, begin, labels, markdown, measured_on, parser, race, short
 
 SHAPES = {  # of 32x32 images; gathered 2x2, three levels are 16x16, 8x8 and 4x4
     "light": ("as LightUNet comes: gathered 2x2, 32/64/64, attention at 4x4", {}),
@@ -34,23 +34,19 @@ def made(name: str, dls, device, seed: int = 0):
     return Diffusion(LightUNet(dls.shape[0], dls.shape[0], dls.num_classes, **SHAPES[name][1]), shape=dls.shape, num_classes=dls.num_classes, device=device, seed=seed)
 
 
-def race(names: list, dls, args) -> dict:
-    "Images per second of a training step: every shape in turn, the median of the rounds."
-    cpu = args.device.type == "cpu"
-    clock, (x, y) = time.process_time if cpu else time.perf_counter, next(iter(dls.train))
-    runs, speeds = {}, {name: [] for name in names}
-    for name in names:
-        runs[name] = made(name, dls, args.device)
-        runs[name].prepare(dls, total_steps=10_000, precision=args.precision, channels_last=False)
-    def steps(diff):
-        for _ in range(args.steps): diff.train_step(x, y)
-        if not cpu: torch.cuda.synchronize()
-    for n in range(args.rounds + 1):  # the first round warms up
-        for name, diff in runs.items():
-            start = clock()
-            steps(diff)
-            if n: speeds[name].append(args.steps * len(y) / (clock() - start))
-    return {name: statistics.median(v) for name, v in speeds.items()}
+def speeds(names: list, dls, args) -> dict:
+    "Images per second of training."
+    cpu, (x, y) = args.device.type == "cpu", next(iter(dls.train))
+    def ready(name):
+        diff = made(name, dls, args.device)
+        diff.prepare(dls, total_steps=10_000, precision=args.precision, channels_last=False)
+        def steps():
+            for _ in range(args.steps): diff.train_step(x, y)
+            if not cpu: torch.cuda.synchronize()
+        return steps
+    runs = {name: ready(name) for name in names}
+    race(runs, 1)  # warm-up
+    return {name: args.steps * len(y) / seconds for name, seconds in race(runs, args.rounds, time.process_time if cpu else None).items()}
 
 
 def measure(name: str, speed: float, dls, quality, args, seed: int) -> dict:
@@ -60,7 +56,7 @@ def measure(name: str, speed: float, dls, quality, args, seed: int) -> dict:
     steps = max(int(args.seconds * speed / dls.train.batch_size), 1)
     diff.prepare(dls, total_steps=steps, precision=args.precision, channels_last=False)
     diff.fit(loggers=[], progress=False)
-    y = torch.arange(args.n) % dls.num_classes
+    y = labels(args.n, dls.num_classes)
     images = diff.sample(y, cfg_scale=SCALE, n_steps=20, seed=seed, precision=args.precision).float().cpu()
     x = torch.zeros(1, *dls.shape, device=args.device)
     return dict(speed=speed, seen=steps * dls.train.batch_size, parameters=sum(p.numel() for p in diff.model.parameters()),
@@ -68,17 +64,17 @@ def measure(name: str, speed: float, dls, quality, args, seed: int) -> dict:
 
 
 def table(rows: list) -> str:
-    from quality import fid_cell, floors
+    from quality import accuracy_cell, explained, fid_cell
     groups = {}
     for r in rows: groups.setdefault((r["seconds"], r["shape"]), []).append(r)
     lines = [[SHAPES[name][0], found[0]["parameters"], found[0]["flops"] / 1e6, found[0]["speed"], found[0]["seen"], fid_cell(found, "classifier"),
-              fid_cell(found, "random"), f"{over_seeds([100 * r['accuracy'] for r in found])}%"]
+              fid_cell(found, "random"), accuracy_cell(found)]
              for (_, name), found in sorted(groups.items(), key=lambda kv: (kv[0][0], statistics.mean(r["fid_classifier"] for r in kv[1])))]
     header = ["shape of the network", "parameters", "MFLOP an image, forward and backward", "images per second", "images seen", "FID, classifier's features", "FID, random features", "read as asked"]
     s, r = sorted({r["seconds"] for r in rows}), rows[0]
     return (markdown(header, lines) + f"\n\nTrained for {' and '.join(short(v) for v in s)} seconds{' of one thread' if r['run']['threads'] == 1 else ''}, {r['run']['settings']['precision']}; "
             f"{r['n']:,} samples, guidance {SCALE:g}, 20 steps; ± is half the range over {max(Counter((r['seconds'], r['shape']) for r in rows).values())} seeds. "
-            f"FID against the test set, in brackets in units of its floor, what real images reach: {floors(rows)}. {measured_on(rows)}")
+            f"{explained(rows)}{measured_on(rows)}")
 
 
 def main(argv=None):
@@ -94,10 +90,10 @@ def main(argv=None):
         args.n, args.seconds, args.steps, args.rounds, args.seeds, args.precision = 12, 0.1, 1, 1, args.seeds[:1], "float32"
     dls.to(args.device)
     dls.train.batch_size, quality, results = 32, Quality(dls, args), Results("networks", args, KEY)
-    speeds = race(args.only, dls, args)
+    speed = speeds(args.only, dls, args)
     for seed in args.seeds:
         for name in args.only:
-            results.add(shape=name, seconds=args.seconds, seed=seed, **measure(name, speeds[name], dls, quality, args, seed))
+            results.add(shape=name, seconds=args.seconds, seed=seed, **measure(name, speed[name], dls, quality, args, seed))
     print(table(results.rows), results.path, sep="\n\n")
 
 

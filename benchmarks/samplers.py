@@ -11,12 +11,10 @@ and two separate passes for guidance.
 Seconds come from a race at the end: one chunk of every row in turn, for several rounds, of which the median counts, since shared
 machines drift.
 """
-import statistics
-import time
 from pathlib import Path
 
 import torch
-from bench import Results, begin, markdown, measured_on, over_seeds, parser, short
+from bench import Results, begin, labels, markdown, measured_on, parser, race, short
 
 SCALE, KEY = 2.0, ("library", "sampler", "steps")
 OURS = [("euler", n) for n in (5, 10, 20, 50)] + [("heun", n) for n in (5, 10, 25)] + [("ancestral", n) for n in (10, 20, 50, 100)] + [(name, n) for name in ("dpmpp_2m", "unipc") for n in (5, 10, 20)]
@@ -106,31 +104,24 @@ def measure(run, diff, y, chunk: int, seed: int = 0) -> dict:
     finally: hook.remove()
 
 
-def race(runs: dict, diff, y, rounds: int) -> dict:
-    "Seconds for one chunk of labels: one after the other in turn, the median of the rounds."
-    taken = {key: [] for key in runs}
-    for _ in range(rounds):
-        for key, run in runs.items():
-            start = time.perf_counter()
-            measure(run, diff, y, len(y))
-            taken[key].append(time.perf_counter() - start)
-    return {key: statistics.median(v) for key, v in taken.items()}
+def timed(runs: dict, diff, y, rounds: int) -> dict:
+    "Seconds for one chunk of labels."
+    return race({key: lambda run=run: measure(run, diff, y, len(y)) for key, run in runs.items()}, rounds)
 
 
 def table(rows: list) -> str:
-    from quality import fid_cell, floors
+    from quality import accuracy_cell, explained, fid_cell
     source = next((r["seconds"] for r in rows if r["library"] == "source"), None)  # of a chunk
     order = ["ddpm_course", "denoising_diffusion_pytorch", "diffusers", "source"]
     rows = sorted(rows, key=lambda r: (order.index(r["library"]), [s for s in dict.fromkeys(r["sampler"] for r in rows)].index(r["sampler"]), r["steps"]))
     groups = {}
     for r in rows: groups.setdefault(tuple(r[k] for k in KEY), []).append(r)
-    lines = [[r["library"], r["sampler"], r["evaluations"], fid_cell(found, "classifier"), fid_cell(found, "random"), f"{over_seeds([100 * r['accuracy'] for r in found])}%",
+    lines = [[r["library"], r["sampler"], r["evaluations"], fid_cell(found, "classifier"), fid_cell(found, "random"), accuracy_cell(found),
               r["seconds"] * 1000 / r["chunk"], source and f"{short(source / r['seconds'])}x"] for found in groups.values() for r in found[:1]]
     header = ["library", "sampler", "evaluations", "FID, classifier's features", "FID, random features", "read as asked", "seconds for 1,000 samples", "faster than the source"]
     return (markdown(header, lines) + f"\n\nWeights: {', '.join(sorted({r['weights'] for r in rows}))}; guidance {SCALE:g}; a guided evaluation is one doubled batch and counts once. "
             f"± is half the range over {max(map(len, groups.values()))} seeds of ours; the others have one. "
-            f"FID against the test set, in brackets in units of its floor, what real images reach: {floors(rows)}. "
-            f"Seconds: median of {rows[0]['rounds']} rounds of a race, {rows[0]['chunk']} images of every row in turn. {measured_on(rows)}")
+            f"{explained(rows)}Seconds: median of {rows[0]['rounds']} rounds of a race, {rows[0]['chunk']} images of every row in turn. {measured_on(rows)}")
 
 
 def main(argv=None):
@@ -153,7 +144,7 @@ def main(argv=None):
         diff = Diffusion.load(args.run, device=args.device) if args.run else load_pretrained("mnist", device=args.device)
     if diff.process.config != dict(name="ddpm", T=1000, schedule="cosine"):
         raise SystemExit(f"the peers are set up for the cosine schedule, T = 1000, not {diff.process.config}")
-    results, quality, y = Results("samplers", args, (*KEY, "seed")), None if args.time else Quality(dls, args), torch.arange(args.n) % dls.num_classes
+    results, quality, y = Results("samplers", args, (*KEY, "seed")), None if args.time else Quality(dls, args), labels(args.n, dls.num_classes)
     weights, planned = "three steps of training" if args.quick else Path(args.run).name if args.run else "mnist, as shipped", plan(args.only, args.quick)
     for *key, run in [] if args.time else planned:
         for seed in args.seeds if key[0] == "ddpm_course" else args.seeds[:1]:
@@ -162,8 +153,8 @@ def main(argv=None):
                         weights=weights, **quality(done["images"], y))
     there = {tuple(r[k] for k in KEY) for r in results.rows}
     runs = {tuple(key): run for *key, run in planned if tuple(key) in there}
-    race(dict(list(runs.items())[:1]), diff, y[: args.chunk], 1)  # warm-up
-    results.update(KEY, {key: dict(seconds=s, chunk=min(args.chunk, args.n), rounds=args.rounds) for key, s in race(runs, diff, y[: args.chunk], args.rounds).items()})
+    timed(dict(list(runs.items())[:1]), diff, y[: args.chunk], 1)  # warm-up
+    results.update(KEY, {key: dict(seconds=s, chunk=min(args.chunk, args.n), rounds=args.rounds) for key, s in timed(runs, diff, y[: args.chunk], args.rounds).items()})
     print(table(results.rows), results.path, sep="\n\n")
 
 

@@ -17,7 +17,7 @@ import statistics
 import time
 
 import torch
-from bench import Results, begin, markdown, measured_on, over_seeds, parser, short
+from bench import Results, begin, labels, markdown, measured_on, over_seeds, parser, short
 
 NAMES = dict(ours="ddpm_course, light network", source="the source's network, as the source trains it",
              denoising_diffusion_pytorch="denoising_diffusion_pytorch, dim 32", diffusers="diffusers UNet2DModel 32/64/64")
@@ -25,9 +25,6 @@ TARGET, GOAL = 300, 2.0  # seconds and guidance of ours that the peers are measu
 COUNTED = "Rows of the peers beyond 60 s were trained for the images that their speed in the first 60 s gives{}. "
 LATE = " (the start counted in, so up to a tenth too few)"  # of rows that do not know how long their start took
 LONG = (600, 1200, 1800)  # seconds at which a peer is looked at again
-
-
-def labels(n: int, num_classes: int): return torch.arange(n) % num_classes
 
 
 class Bench:
@@ -145,17 +142,16 @@ def verdict(rows: list, name: str, lr=None) -> str:
 
 
 def table(rows: list) -> str:
-    from quality import fid_cell, floors
+    from quality import accuracy_cell, explained, fid_cell
     groups = {}
     for r in sorted(rows, key=lambda r: (r["budget"], list(NAMES).index(r["model"]), -(r["guidance"] or 0))):
         groups.setdefault((r["budget"], r["model"], r["guidance"], None if r["model"] == "ours" else r["lr"]), []).append(r)
     lines = []
     for (_, name, scale, lr), found in groups.items():
         best = [r["quality"][-1] for r in found]
-        accuracy = [100 * q["accuracy"] for q in best if q["accuracy"] is not None]
         lines.append([NAMES[name] + (f", guidance {scale:g}" if scale else "") + (f", learning rate {lr:g}" if lr else ""),
                       over_seeds([r["seconds"] for r in found]), found[0]["parameters"], int(statistics.mean(r["seen"] for r in found)),
-                      best[0]["n"], fid_cell(best, "classifier"), fid_cell(best, "random"), over_seeds(accuracy) + "%" * bool(accuracy),
+                      best[0]["n"], fid_cell(best, "classifier"), fid_cell(best, "random"), accuracy_cell(best),
                       over_seeds([r["sampling"] * 1000 / q["n"] for r, q in zip(found, best)]), verdict(rows, name, lr)])
     counted = [r for r in rows if r.get("by") == "images"]
     header = ["model", "seconds of training", "parameters", "images seen", "samples", "FID, classifier's features", "FID, random features",
@@ -163,7 +159,7 @@ def table(rows: list) -> str:
     recipes = [f"* {NAMES[m]}: {next(r['recipe'] for r in rows if r['model'] == m)}" for m in NAMES if any(r["model"] == m for r in rows)]
     return "\n".join([
         markdown(header, lines), "",
-        f"FID against the test set, in brackets in units of its floor, what real images reach: {floors([q for r in rows for q in r['quality']])}. "
+        f"{explained([q for r in rows for q in r['quality']])}"
         f"± is half the range over {len({r['seed'] for r in rows if r['model'] == 'ours'})} seeds of ours; the others have one seed. "
         f"{COUNTED.format('' if all('begun' in r for r in counted) else LATE) if counted else ''}The last column compares FIDs of {min(r['quality'][0]['n'] for r in rows)} samples, of ours with guidance {GOAL:g}, not its best. {measured_on(rows)}", "", *recipes])
 

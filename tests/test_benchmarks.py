@@ -179,8 +179,8 @@ def test_no_image_is_drawn_twice(diff, bench):
 def test_a_race_takes_turns_and_counts_the_median(bench, monkeypatch):
     samplers, turns, clock = bench("samplers"), [], iter([0, 1, 1, 5, 5, 14, 14, 16, 16, 18, 18, 21])
     monkeypatch.setattr(samplers, "measure", lambda run, diff, y, chunk: turns.append(run))
-    monkeypatch.setattr(samplers.time, "perf_counter", lambda: next(clock))
-    assert samplers.race(dict(a="A", b="B"), None, [0], 3) == dict(a=2, b=3) and turns == ["A", "B"] * 3  # a took 1, 9, 2; b took 4, 2, 3
+    monkeypatch.setattr(bench("bench").time, "perf_counter", lambda: next(clock))
+    assert samplers.timed(dict(a="A", b="B"), None, [0], 3) == dict(a=2, b=3) and turns == ["A", "B"] * 3  # a took 1, 9, 2; b took 4, 2, 3
 
 
 def test_only_the_clock_of_a_row_is_set_anew(bench, tmp_path):
