@@ -134,7 +134,9 @@ def main(argv=None):
     args = begin(p.parse_args(argv))
     from quality import Quality, data
 
+    from ddpm_course.core import keep_memory
     from ddpm_course.training import Diffusion, load_pretrained
+    keep_memory()  # as the command line does
     dls = data(args)
     if args.quick:
         args.n, args.rounds, args.seeds = 12, 1, args.seeds[:2]

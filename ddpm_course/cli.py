@@ -19,7 +19,9 @@ class Sentences(click.Group):
     "A command group that turns the package's own errors into one sentence and exit code 1."
     def invoke(self, ctx):
         import torch
+        from ddpm_course.core import keep_memory
         from ddpm_course.training import TrainingDiverged
+        keep_memory()  # this process is ours
         try: return super().invoke(ctx)
         except (ValueError, OSError, TrainingDiverged) as e: raise click.ClickException(str(e)) from e
         except (MemoryError, torch.OutOfMemoryError) as e: raise click.ClickException("out of memory: a smaller --batch-size, --img-size or --chunk needs less") from e
