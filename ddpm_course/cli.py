@@ -132,7 +132,7 @@ def _folder(path, dls, against):  # images (N,C,H,W) uint8, labels or None
 
 def _drawn(diff, dls, n, steps, guidance, seed):  # images from a model, and the labels asked for (those of real images), where the data has the same
     import torch
-    from ddpm_course.evaluation import real_draw
+    from ddpm_course.report import real_draw
     if not diff.num_classes: return diff.sample(n=n, n_steps=steps, seed=seed).cpu(), None
     split, drawn, _ = real_draw(dls, n, seed)
     labels, same = split.labels[drawn].cpu().repeat(-(-n // len(drawn)))[:n], diff.classes == dls.classes
@@ -174,9 +174,10 @@ def evaluate(what, against, root, img_size, n, steps, guidance, features, seed, 
     import torch
     from ddpm_course.checkpoint import write_json
     from ddpm_course.core import choose, default_device
-    from ddpm_course.evaluation import RandomFeatures, inception_features, pixel_features, real_report, report, report_table
+    from ddpm_course.features import RandomFeatures, inception_features, pixel_features
     from ddpm_course.files import is_path
     from ddpm_course.pretrained import manifest
+    from ddpm_course.report import real_report, report, report_table
     from ddpm_course.training import Diffusion, load_pretrained
     if n < 6: raise ValueError(f"--n is a number of images, at least 6 (coverage looks at the fifth neighbour), not {n}")
     device, is_run = default_device(device), any(Path(what, f).exists() for f in ("config.json", "manifest.json"))

@@ -16,6 +16,7 @@ from torch import nn
 
 from ddpm_course import cli
 from ddpm_course import evaluation as ev
+from ddpm_course import report as rp
 from ddpm_course.cli import main
 from ddpm_course.core import to_float
 from ddpm_course.data import get_dls
@@ -142,8 +143,8 @@ BAD_FEATURES = dict(
     labels_loss=(lambda: ev.loss_per_level(tiny_diffusion().model, pixels(4), [0, 1]), "2 labels for 4 images"),
     time_0=(lambda: ev.loss_per_level(tiny_diffusion().model, pixels(4), ts=[0, 50]), "above 0 and up to 100", "0 to 50"),
     time_101=(lambda: ev.loss_per_level(tiny_diffusion().model, pixels(4), ts=[101]), "above 0 and up to 100"),
-    small_report=(lambda: ev.report(pixels(5), None, pixels(20), features=flat), "6 images and 6 real ones", "not 5 and 20"),
-    small_reference=(lambda: ev.report(pixels(20), None, pixels(5), features=flat), "not 20 and 5"),
+    small_report=(lambda: rp.report(pixels(5), None, pixels(20), features=flat), "6 images and 6 real ones", "not 5 and 20"),
+    small_reference=(lambda: rp.report(pixels(20), None, pixels(5), features=flat), "not 20 and 5"),
 )
 
 
@@ -552,8 +553,8 @@ def test_uint8_images_can_be_judged():
 def test_report_has_every_number_that_the_functions_give():
     net = ev.Classifier((1, 8, 8), 3).eval()
     a, b, y = pixels(40), pixels(60, seed=1), torch.arange(40) % 3
-    with pytest.warns(UserWarning, match="40 samples for 128 features"): r = ev.report(a, y, b, net, train=b[:30], heldout=b[30:])
-    assert r["n"] == 40 and r["n_reference"] == 60 and set(ev.MEANING) < set(r)
+    with pytest.warns(UserWarning, match="40 samples for 128 features"): r = rp.report(a, y, b, net, train=b[:30], heldout=b[30:])
+    assert r["n"] == 40 and r["n_reference"] == 60 and set(rp.MEANING) < set(r)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert r["fid"] == ev.fid(a, b, net.features)
@@ -567,22 +568,22 @@ def test_report_has_every_number_that_the_functions_give():
 def test_report_compares_equal_numbers_where_balls_are_counted_and_all_there_are_elsewhere(monkeypatch):
     a, sizes = pixels(40), []
     for name in ("precision_recall", "density_coverage", "frechet_distance", "kernel_distance"):
-        monkeypatch.setattr(ev, name, lambda a, b, f=getattr(ev, name), **kw: sizes.append((len(a), len(b))) or f(a, b, **kw))
+        monkeypatch.setattr(rp, name, lambda a, b, f=getattr(rp, name), **kw: sizes.append((len(a), len(b))) or f(a, b, **kw))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        r = ev.report(a, None, a, features=ev.pixel_features)
+        r = rp.report(a, None, a, features=ev.pixel_features)
         assert (r["precision"], r["recall"], r["density"], r["coverage"]) == (1, 1, 1, 1) and r["fid"] < 1e-9
         assert "label_accuracy" not in r and "closer" not in r
         del sizes[:]
-        ev.report(a[:20], None, pixels(100, seed=2), features=ev.pixel_features)
+        rp.report(a[:20], None, pixels(100, seed=2), features=ev.pixel_features)
     assert sorted(sizes) == [(20, 20), (20, 20), (20, 100), (20, 100)]
 
 
 def test_the_table_has_a_column_for_each_and_a_meaning_for_each_row():
     rows = dict(model=dict(n=10, n_reference=10_000, fid=3.14159, kid=0.1, kid_error=0.02, closer_z=3.21), real=dict(n=10, fid=1.0, label_accuracy=0.5))
-    lines = ev.report_table(rows).splitlines()
+    lines = rp.report_table(rows).splitlines()
     assert lines[0].split() == ["model", "real"] and lines[1].split()[:3] == ["images", "10", "10"] and lines[2].split()[:3] == ["reference", "10000", "-"]
-    assert lines[3].split()[:3] == ["label_accuracy", "-", "0.5"] and "3.14" in lines[4] and ev.MEANING["fid"] in lines[4]
+    assert lines[3].split()[:3] == ["label_accuracy", "-", "0.5"] and "3.14" in lines[4] and rp.MEANING["fid"] in lines[4]
     assert "0.1 +- 0.02" in lines[5] and lines[6].split()[:3] == ["closer_z", "3.21", "-"]
 
 
@@ -590,35 +591,35 @@ def test_the_table_has_a_column_for_each_and_a_meaning_for_each_row():
 def test_a_report_of_few_images_holds_numbers_only(n):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        r = ev.report(pixels(n), None, pixels(60, seed=1), features=ev.pixel_features, train=pixels(30, seed=2), heldout=pixels(30, seed=3))
+        r = rp.report(pixels(n), None, pixels(60, seed=1), features=ev.pixel_features, train=pixels(30, seed=2), heldout=pixels(30, seed=3))
     assert all(math.isfinite(v) for v in r.values()) and r["kid_error"] > 0
 
 
 def test_real_images_are_drawn_at_random_with_their_labels():
     dls = tiny_dls()
-    split, drawn, rest = ev.real_draw(dls, 10, seed=1)
+    split, drawn, rest = rp.real_draw(dls, 10, seed=1)
     assert split is dls.valid and len(drawn) == 10 and sorted(torch.cat([drawn, rest]).tolist()) == list(range(24))
-    assert torch.equal(drawn, ev.real_draw(dls, 10, seed=1)[1]) and not torch.equal(drawn, ev.real_draw(dls, 10, seed=2)[1])
-    assert ev.real_draw(dls, 30)[0] is dls.train and len(ev.real_draw(dls, 100)[1]) == 64
+    assert torch.equal(drawn, rp.real_draw(dls, 10, seed=1)[1]) and not torch.equal(drawn, rp.real_draw(dls, 10, seed=2)[1])
+    assert rp.real_draw(dls, 30)[0] is dls.train and len(rp.real_draw(dls, 100)[1]) == 64
 
 
 def test_what_real_images_get_is_measured_on_images_that_neither_judge_nor_model_saw_where_there_are_enough(monkeypatch):
     dls, small, seen = tiny_dls(n=64), tiny_dls(n=64), []
     small.valid = small.test = type(small.valid)(small.valid.images[:4], small.valid.labels[:4])
-    monkeypatch.setattr(ev, "report", lambda images, labels, reference, classifier, features, **kw: seen.append((images, kw)) or dict(n=len(images)))
+    monkeypatch.setattr(rp, "report", lambda images, labels, reference, classifier, features, **kw: seen.append((images, kw)) or dict(n=len(images)))
     for data, n, pool, heldout in ((dls, 12, dls.valid, 12), (dls, 20, dls.valid, 24), (small, 20, small.train, 4)):
-        ev.real_report(data, n, features=flat)
+        rp.real_report(data, n, features=flat)
         images, kw = seen.pop()
         d, i = ev.nearest_neighbours(images, pool.images)
         assert len(images) == n and (d == 0).all() and len(i.unique()) == n and len(kw["heldout"]) == heldout
         assert (ev.nearest_neighbours(images, kw["train"])[0] > 0).all() and (ev.nearest_neighbours(images, kw["heldout"])[0] > 0).all()
-    ev.real_report(get_dls("shapes", img_size=16, sizes=(100, 60, 60)), 80, features=flat)
+    rp.real_report(get_dls("shapes", img_size=16, sizes=(100, 60, 60)), 80, features=flat)
     assert len(seen.pop()[0]) == 60  # all there are
 
 
 def test_real_images_score_like_real_images():
     dls = get_dls("shapes", img_size=16, sizes=(400, 200, 200))
-    r = ev.real_report(dls, 100, features=ev.RandomFeatures(dls.shape, dim=16))
+    r = rp.real_report(dls, 100, features=ev.RandomFeatures(dls.shape, dim=16))
     assert abs(r["kid"]) < 4 * r["kid_error"] and abs(r["closer_z"]) < 3.5 and 0.7 < r["density"] < 1.3 and r["precision"] > 0.6
 
 
@@ -651,9 +652,9 @@ def test_evaluate_a_run(run, shipping, tmp_path):
     assert f"{run}/evaluation.json" in said and "warning: 60 samples for 128 features" in said
     assert {k: written[k] for k in ("against", "features", "seed", "steps", "guidance")} == dict(against="digits", features="classifier", seed=3, steps=2, guidance=2.0)
     numbers, real = written["numbers"], written["real"]
-    assert numbers["n"] == real["n"] == 60 and numbers["n_reference"] == 179 and set(ev.MEANING) < set(numbers) and set(ev.MEANING) < set(real)
+    assert numbers["n"] == real["n"] == 60 and numbers["n_reference"] == 179 and set(rp.MEANING) < set(numbers) and set(rp.MEANING) < set(real)
     dls = get_dls("digits", img_size=16)
-    y = dls.valid.labels[ev.real_draw(dls, 60, 3)[1]]  # the labels of the real column
+    y = dls.valid.labels[rp.real_draw(dls, 60, 3)[1]]  # the labels of the real column
     assert y.bincount(minlength=10).unique().numel() > 1  # a random draw: not six of each
     images = Diffusion.load(run, "cpu").sample(y, cfg_scale=2.0, n_steps=2, seed=3)
     judge = ev.shipped_classifier("classifier-digits", device="cpu")
@@ -661,7 +662,7 @@ def test_evaluate_a_run(run, shipping, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert numbers["fid"] == pytest.approx(ev.fid(images, dls.test.images, judge.features), rel=1e-4)
-    for name, meaning in ev.MEANING.items(): assert any(line.startswith(name + " ") and meaning in line for line in said.splitlines()), name
+    for name, meaning in rp.MEANING.items(): assert any(line.startswith(name + " ") and meaning in line for line in said.splitlines()), name
     again = evaluate(run, "--against", "digits", "--n", 60, "--steps", 2, "--seed", 3, "--out", tmp_path / "again.json", "--features", "pixels")
     other = json.loads((tmp_path / "again.json").read_text())
     assert "again.json" in again and other["features"] == "pixels" and other["numbers"]["fid"] != numbers["fid"] and other["numbers"]["closer"] == numbers["closer"]
@@ -706,7 +707,7 @@ def test_a_model_with_other_classes_than_the_data_is_asked_for_its_own():
     assert labels is None and images.shape == (100, 1, 8, 8)
     diff.classes = dls.classes
     images, labels = cli._drawn(diff, dls, 100, 1, 1.0, 0)  # more than there are: the same again
-    split, drawn, _ = ev.real_draw(dls, 100)
+    split, drawn, _ = rp.real_draw(dls, 100)
     assert torch.equal(labels, split.labels[drawn].repeat(2)[:100])
 
 
@@ -722,8 +723,8 @@ def test_labels_go_with_their_images_where_a_folder_has_some_of_the_classes_and_
     dls, seen = get_dls("digits", img_size=16), []
     some = torch.cat([dls.test.images[dls.test.labels == k][:15] for k in (7, 3)])
     folder = pictures(tmp_path / "some", some, ["7"] * 15 + ["3"] * 15)
-    real = ev.report
-    monkeypatch.setattr(ev, "report", lambda images, labels, *a, **kw: seen.append((images, labels)) or real(images, labels, *a, **kw))
+    real = rp.report
+    monkeypatch.setattr(rp, "report", lambda images, labels, *a, **kw: seen.append((images, labels)) or real(images, labels, *a, **kw))
     evaluate(folder, "--against", "digits", "--img-size", 16, "--features", "pixels", "--n", 20, "--out", tmp_path / "e.json")
     images, labels = seen[0]
     d, i = ev.nearest_neighbours(images, dls.test.images)
