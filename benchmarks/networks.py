@@ -7,10 +7,10 @@ of the package.
 
     python benchmarks/networks.py                                   all shapes
     python benchmarks/networks.py --only light "no attention" --seconds 300     two of them, for longer
+    python benchmarks/networks.py --only light "no attention" --data shapes     on images in colour
 """
 import statistics
 import time
-from collections import Counter
 
 import torch
 from bench import Results, begin, labels, markdown, measured_on, parser, race, short
@@ -23,15 +23,17 @@ SHAPES = {  # of 32x32 images; gathered 2x2, three levels are 16x16, 8x8 and 4x4
     "narrow": ("half as wide: 16/32/32", dict(widths=(16, 32, 32))),
     "wide": ("half as wide again: 48/96/96", dict(widths=(48, 96, 96))),
     "no attention": ("no attention", dict(attention=())),
-    "more attention": ("attention at 8x8 and 4x4", dict(attention=(1, 2)))}
-SCALE, KEY = 1.5, ("shape", "seconds", "seed")
+    "more attention": ("attention at 8x8 and 4x4", dict(attention=(1, 2))),
+    "cut": ("the cut UNet of lesson 06b: gathered 2x2, 32/64/64, attention at 4x4", dict(patch=2, widths=(32, 64, 64), attention=(2,), mid_blocks=1))}
+SCALE, KEY = 1.5, ("data", "shape", "seconds", "seed")
 
 
 def made(name: str, dls, device, seed: int = 0):
     from ddpm_course.light_unet import LightUNet
     from ddpm_course.training import Diffusion
+    from ddpm_course.unet import UNet_conditional
     torch.manual_seed(seed)
-    return Diffusion(LightUNet(dls.shape[0], dls.shape[0], dls.num_classes, **SHAPES[name][1]), shape=dls.shape, num_classes=dls.num_classes, device=device, seed=seed)
+    return Diffusion((UNet_conditional if name == "cut" else LightUNet)(dls.shape[0], dls.shape[0], num_classes=dls.num_classes, **SHAPES[name][1]), shape=dls.shape, num_classes=dls.num_classes, device=device, seed=seed)
 
 
 def speeds(names: list, dls, args) -> dict:
@@ -64,23 +66,30 @@ def measure(name: str, speed: float, dls, quality, args, seed: int) -> dict:
 
 
 def table(rows: list) -> str:
+    "A table for each data set and budget, the best network first."
+    groups = {}
+    for r in rows: groups.setdefault((r["data"], r["seconds"]), []).append(r)
+    return "\n\n".join(one_table(groups[key]) for key in sorted(groups)) + f"\n\n{measured_on(rows)}"
+
+
+def one_table(rows: list) -> str:
     from quality import accuracy_cell, explained, fid_cell
     groups = {}
-    for r in rows: groups.setdefault((r["seconds"], r["shape"]), []).append(r)
+    for r in rows: groups.setdefault(r["shape"], []).append(r)
     lines = [[SHAPES[name][0], found[0]["parameters"], found[0]["flops"] / 1e6, found[0]["speed"], found[0]["seen"], fid_cell(found, "classifier"),
               fid_cell(found, "random"), accuracy_cell(found)]
-             for (_, name), found in sorted(groups.items(), key=lambda kv: (kv[0][0], statistics.mean(r["fid_classifier"] for r in kv[1])))]
+             for name, found in sorted(groups.items(), key=lambda kv: statistics.mean(r["fid_classifier"] for r in kv[1]))]
     header = ["shape of the network", "parameters", "MFLOP an image, forward and backward", "images per second", "images seen", "FID, classifier's features", "FID, random features", "read as asked"]
-    s, r = sorted({r["seconds"] for r in rows}), rows[0]
-    return (markdown(header, lines) + f"\n\nTrained for {' and '.join(short(v) for v in s)} seconds{' of one thread' if r['run']['threads'] == 1 else ''}, {r['run']['settings']['precision']}; "
-            f"{r['n']:,} samples, guidance {SCALE:g}, 20 steps; ± is half the range over {max(Counter((r['seconds'], r['shape']) for r in rows).values())} seeds. "
-            f"{explained(rows)}{measured_on(rows)}")
+    r = rows[0]
+    return (f"On {r['data']}, trained for {short(r['seconds'])} seconds{' of one thread' if r['run']['threads'] == 1 else ''}, {r['run']['settings']['precision']}:\n\n{markdown(header, lines)}\n\n"
+            f"{r['n']:,} samples, guidance {SCALE:g}, 20 steps; ± is half the range over {max(map(len, groups.values()))} seeds. {explained(rows).strip()}")
 
 
 def main(argv=None):
     p = parser(__doc__, n=1000, seconds=120, steps=10, rounds=5)
     p.set_defaults(threads=1)
     p.add_argument("--only", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="SHAPE", help=f"some of {', '.join(SHAPES)}")
+    p.add_argument("--data", default="mnist", choices=["mnist", "shapes"], help="(%(default)s)")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="(0 1)")
     p.add_argument("--precision", default="bfloat16", help="bfloat16 or float32 (%(default)s)")
     args = begin(p.parse_args(argv))
@@ -93,7 +102,7 @@ def main(argv=None):
     speed = speeds(args.only, dls, args)
     for seed in args.seeds:
         for name in args.only:
-            results.add(shape=name, seconds=args.seconds, seed=seed, **measure(name, speed[name], dls, quality, args, seed))
+            results.add(data=dls.name, shape=name, seconds=args.seconds, seed=seed, **measure(name, speed[name], dls, quality, args, seed))
     print(table(results.rows), results.path, sep="\n\n")
 
 

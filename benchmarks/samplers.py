@@ -116,12 +116,13 @@ def table(rows: list) -> str:
     rows = sorted(rows, key=lambda r: (order.index(r["library"]), [s for s in dict.fromkeys(r["sampler"] for r in rows)].index(r["sampler"]), r["steps"]))
     groups = {}
     for r in rows: groups.setdefault(tuple(r[k] for k in KEY), []).append(r)
+    clocks = dict.fromkeys(f"{t['threads']} thread{'s' * (t['threads'] > 1)}, {t['date']}" for r in rows for t in [r["timed"]])
     lines = [[r["library"], r["sampler"], r["evaluations"], fid_cell(found, "classifier"), fid_cell(found, "random"), accuracy_cell(found),
               r["seconds"] * 1000 / r["chunk"], source and f"{short(source / r['seconds'])}x"] for found in groups.values() for r in found[:1]]
     header = ["library", "sampler", "evaluations", "FID, classifier's features", "FID, random features", "read as asked", "seconds for 1,000 samples", "faster than the source"]
     return (markdown(header, lines) + f"\n\nWeights: {', '.join(sorted({r['weights'] for r in rows}))}; guidance {SCALE:g}; a guided evaluation is one doubled batch and counts once. "
             f"± is half the range over {max(map(len, groups.values()))} seeds of ours; the others have one. "
-            f"{explained(rows)}Seconds: median of {rows[0]['rounds']} rounds of a race, {rows[0]['chunk']} images of every row in turn. {measured_on(rows)}")
+            f"{explained(rows)}Seconds: median of {rows[0]['rounds']} rounds of a race, {rows[0]['chunk']} images of every row in turn, on {' and '.join(clocks)}. {measured_on(rows, threads=False)}")
 
 
 def main(argv=None):
@@ -156,7 +157,7 @@ def main(argv=None):
     there = {tuple(r[k] for k in KEY) for r in results.rows}
     runs = {tuple(key): run for *key, run in planned if tuple(key) in there}
     timed(dict(list(runs.items())[:1]), diff, y[: args.chunk], 1)  # warm-up
-    results.update(KEY, {key: dict(seconds=s, chunk=min(args.chunk, args.n), rounds=args.rounds) for key, s in timed(runs, diff, y[: args.chunk], args.rounds).items()})
+    results.update(KEY, {key: dict(seconds=s, chunk=min(args.chunk, args.n), rounds=args.rounds, timed=results.run) for key, s in timed(runs, diff, y[: args.chunk], args.rounds).items()})
     print(table(results.rows), results.path, sep="\n\n")
 
 

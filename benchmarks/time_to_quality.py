@@ -11,7 +11,9 @@ learning rate, so that one long training passes through all budgets.
     python benchmarks/time_to_quality.py --only diffusers --until-quality  goes on to 30 minutes, or to the quality of ours at 300 s
 
 Quality depends on the number of images, not on the clock. So on a machine that does not stay quiet for hours, time the peers for a
-minute each (--budgets 60), then let `--by-images --budgets 300 --until-quality` train for the images that this speed gives.
+minute each (--budgets 60), then let `--by-images --budgets 300 --until-quality` train for the images that this speed gives. Ours is
+planned at its start; where a machine changed its speed on the way, `--only ours --by-images` trains again, for exactly the seconds of
+the budget at the median speed of the rows that the clock measured. A row by images keeps what the clock measured, as `clock`.
 """
 import statistics
 import time
@@ -22,8 +24,8 @@ from bench import Results, begin, labels, markdown, measured_on, over_seeds, par
 NAMES = dict(ours="ddpm_course, light network", source="the source's network, as the source trains it",
              denoising_diffusion_pytorch="denoising_diffusion_pytorch, dim 32", diffusers="diffusers UNet2DModel 32/64/64")
 TARGET, GOAL = 300, 2.0  # seconds and guidance of ours that the peers are measured against
-COUNTED = "Rows of the peers beyond 60 s were trained for the images that their speed in the first 60 s gives{}. "
-LATE = " (the start counted in, so up to a tenth too few)"  # of rows that do not know how long their start took
+COUNTED = "{} were trained for the images that their speed by the clock gives{}. "
+LATE = " (the peers' start counted in, so up to a tenth too few)"  # of rows that do not know how long their start took
 LONG = (600, 1200, 1800)  # seconds at which a peer is looked at again
 
 
@@ -58,17 +60,28 @@ def ours(bench: Bench, budget: int, seed: int):
     dls.train.batch_size = 32
     start = time.perf_counter() - bench.loading
     diff = Diffusion(shape=dls.shape, num_classes=dls.num_classes, device=args.device, seed=seed)
-    diff.prepare(dls, minutes=budget / 60)  # chooses precision and layout, times a step
-    found, left = diff.settings, 1 - (time.perf_counter() - start) / budget
-    diff.prepare(dls, precision=found.precision, channels_last=found.channels_last, total_steps=max(int(found.total_steps * left), 1))
+    if args.by_images:
+        clocks = {scale: [clock(r) for r in bench.results.rows if (r["model"], r["budget"], r["guidance"]) == ("ours", budget, scale)] for scale in args.guidance}
+        if not all(clocks.values()): raise SystemExit(f"--by-images needs rows of ours at {budget} s, timed on a quiet machine first: --only ours --budgets {budget}")
+        rate = statistics.median(c["seen"] / c["seconds"] for c in clocks[args.guidance[0]])
+        diff.prepare(dls, total_steps=max(round(budget * rate / dls.train.batch_size), 1))
+        found = diff.settings
+    else:
+        diff.prepare(dls, minutes=budget / 60)  # chooses precision and layout, times a step
+        found, left = diff.settings, 1 - (time.perf_counter() - start) / budget
+        diff.prepare(dls, precision=found.precision, channels_last=found.channels_last, total_steps=max(int(found.total_steps * left), 1))
     diff.fit(loggers=[], progress=False)
     if args.device.type == "cuda": torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    seconds, seen = time.perf_counter() - start, diff.epoch * len(dls.train.labels) + diff.seen
     y = labels(args.n, dls.num_classes)
     for scale in args.guidance:
         images, sampling = timed(lambda y: diff.sample(y, cfg_scale=scale, n_steps=20, seed=seed, precision=found.precision), y)
-        bench.save("ours", budget, images, y, sampling, seed=seed, guidance=scale, lr=diff.settings.lr, seconds=seconds,
-                   parameters=sum(p.numel() for p in diff.model.parameters()), seen=diff.epoch * len(dls.train.labels) + diff.seen,
+        counted = dict(by="clock")
+        if args.by_images:
+            mine = next((clock(r) for r in bench.results.rows if (r["model"], r["budget"], r["guidance"], r["seed"]) == ("ours", budget, scale, seed)), clocks[scale][0])
+            seconds, sampling, counted = seen / rate, mine["per_sample"] * len(y), dict(by="images", clock=mine)
+        bench.save("ours", budget, images, y, sampling, seed=seed, guidance=scale, lr=diff.settings.lr, seconds=seconds, **counted,
+                   parameters=sum(p.numel() for p in diff.model.parameters()), seen=seen,
                    recipe=f"one-cycle {diff.settings.lr:g}, batch 32, {diff.config['param']['name']}, {diff.process.config['schedule']}, {found.precision}, {'channels_last' if found.channels_last else 'contiguous'}; Euler, 20 steps, in the same precision")
 
 
@@ -89,12 +102,17 @@ def train(peer, batches, seconds: float, budget: float, device, rate: float | No
     return seconds
 
 
-def quiet(rows: list, name: str, lr, budgets: list) -> tuple:
-    "Images seen per second of training, seconds before it, and seconds per sample, in a row that was timed by the clock; SystemExit if there is none."
-    row = next((r for r in rows if (r["model"], r["lr"]) == (name, lr) and r.get("by") == "clock" and r["budget"] not in budgets), None)
-    if row is None: raise SystemExit(f"--by-images needs a row of {name} at another budget, timed on a quiet machine first: --only {name} --budgets 60")
-    begun = row.get("begun", 0)
-    return row["seen"] / (row["seconds"] - begun), begun, row["sampling"] / max(q["n"] for q in row["quality"])
+def clock(row: dict) -> dict:
+    "What was measured by the clock, in this row or in the one that it was counted from."
+    if "clock" in row or row.get("by") == "images": return row.get("clock")
+    return dict(seen=row["seen"], seconds=row["seconds"], begun=row.get("begun", 0), per_sample=row["sampling"] / max(q["n"] for q in row["quality"]), run=row["run"])
+
+
+def quiet(rows: list, name: str, lr) -> dict:
+    "What the clock said about a peer; SystemExit if it never did."
+    found = next((c for r in rows if (r["model"], r["lr"]) == (name, lr) and (c := clock(r))), None)
+    if found is None: raise SystemExit(f"--by-images needs a row of {name} that was timed on a quiet machine first: --only {name} --budgets 60")
+    return found
 
 
 def peer_rows(bench: Bench, name: str, budgets: list, seed: int):
@@ -109,12 +127,14 @@ def peer_rows(bench: Bench, name: str, budgets: list, seed: int):
             peer = PEERS[name](dls.shape, dls.num_classes, args.device, args.lr)
             dls.train.batch_size, batches = peer.batch, passes(dls.train)
             seconds = begun = time.perf_counter() - start
-        rate, begun, per_sample = quiet(bench.results.rows, name, args.lr, budgets) if args.by_images else (None, begun, None)
+        told = quiet(bench.results.rows, name, args.lr) if args.by_images else None
+        if told: begun, rate = told["begun"], told["seen"] / (told["seconds"] - told["begun"])
+        else: rate = None
         seconds = train(peer, batches, seconds, budget, args.device, rate, begun)
         images, sampling = timed(peer.sample, y)
-        if rate: seconds, sampling = begun + peer.seen / rate, per_sample * len(y)
+        if rate: seconds, sampling = begun + peer.seen / rate, told["per_sample"] * len(y)
         bench.save(name, budget, images, y if peer.conditional else None, sampling, seed=seed, guidance=None, lr=args.lr, seconds=seconds, begun=begun,
-                   by="images" if rate else "clock", parameters=peer.parameters(), seen=peer.seen, recipe=peer.recipe)
+                   **(dict(by="images", clock=told) if told else dict(by="clock")), parameters=peer.parameters(), seen=peer.seen, recipe=peer.recipe)
         if args.until_quality and reached(rows := bench.results.rows, [r for r in rows if (r["model"], r["lr"]) == (name, args.lr)]): return
 
 
@@ -154,6 +174,9 @@ def table(rows: list) -> str:
                       best[0]["n"], fid_cell(best, "classifier"), fid_cell(best, "random"), accuracy_cell(best),
                       over_seeds([r["sampling"] * 1000 / q["n"] for r, q in zip(found, best)]), verdict(rows, name, lr)])
     counted = [r for r in rows if r.get("by") == "images"]
+    who = [", ".join(f"{b:,}" for b in sorted({r["budget"] for r in counted if (r["model"] == "ours") == mine})) + " s of " + ("ours" if mine else "the peers")
+           for mine in (True, False) if any((r["model"] == "ours") == mine for r in counted)]
+    late = any("begun" not in r for r in counted if r["model"] != "ours")
     header = ["model", "seconds of training", "parameters", "images seen", "samples", "FID, classifier's features", "FID, random features",
               "read as asked", "seconds for 1,000 samples", f"as good as ours at {TARGET} s"]
     recipes = [f"* {NAMES[m]}: {next(r['recipe'] for r in rows if r['model'] == m)}" for m in NAMES if any(r["model"] == m for r in rows)]
@@ -161,7 +184,7 @@ def table(rows: list) -> str:
         markdown(header, lines), "",
         f"{explained([q for r in rows for q in r['quality']])}"
         f"± is half the range over {len({r['seed'] for r in rows if r['model'] == 'ours'})} seeds of ours; the others have one seed. "
-        f"{COUNTED.format('' if all('begun' in r for r in counted) else LATE) if counted else ''}The last column compares FIDs of {min(r['quality'][0]['n'] for r in rows)} samples, of ours with guidance {GOAL:g}, not its best. {measured_on(rows)}", "", *recipes])
+        f"{COUNTED.format('The rows of ' + ' and '.join(who), LATE * late) if counted else ''}The last column compares FIDs of {min(r['quality'][0]['n'] for r in rows)} samples, of ours with guidance {GOAL:g}, not its best. {measured_on(rows)}", "", *recipes])
 
 
 def main(argv=None):
@@ -173,7 +196,7 @@ def main(argv=None):
     p.add_argument("--samples-slow", type=int, metavar="N", help="samples of the peers (200; on a GPU as many as of ours)")
     p.add_argument("--lr", type=float, help="another learning rate for the peers")
     p.add_argument("--until-quality", action="store_true", help="peers go on to 30 minutes, looked at every 10, or until they are as good as ours at 300 s")
-    p.add_argument("--by-images", action="store_true", help="peers train for as many images as their row at another budget says that a quiet machine reaches: for a busy one")
+    p.add_argument("--by-images", action="store_true", help="train for as many images as a row that the clock measured says that a quiet machine reaches: for a busy one")
     args = begin(p.parse_args(argv))
     if args.quick: args.budgets, args.seeds, args.n, args.samples_slow = [1], [0], 12, 6
     args.samples_slow = args.samples_slow or (args.n if args.device.type == "cuda" else 200)

@@ -97,7 +97,8 @@ def table(rows: list) -> str:
         lines.append([names[which], speed, base and f"{short(speed / statistics.median(base))}x" or "", f"{statistics.median(used):.0f}%" if used else "",
                       f"{max(r['peak_memory'] for r in found):.1f} GB", last["precision"], "channels_last" if last["channels_last"] else "contiguous"])
     size, batch = (rows[-1]["run"]["settings"][k] for k in ("size", "batch"))
-    peaks = [f"{short(r['peak_flops'] / 1e9)} GFLOP/s in {k}" for k, r in {r["precision"]: r for r in rows if r.get("peak_flops")}.items()]
+    tried = {p: [r["peak_flops"] for r in rows if r["precision"] == p and r.get("peak_flops")] for p in dict.fromkeys(r["precision"] for r in rows)}
+    peaks = [f"{short(statistics.median(found) / 1e9)} GFLOP/s in {p}" for p, found in tried.items() if found]
     header = [f"training step, batch {batch}, {size}x{size}", "images per second", "times the source", "of the matmul peak", "peak memory", "precision", "layout"]
     return f"{markdown(header, lines)}\n\n{f'A plain matmul reaches {peaks[0]}' + ''.join(f', {p}' for p in peaks[1:]) + '. ' if peaks else ''}{measured_on(rows)}"
 

@@ -155,6 +155,13 @@ def _judge(dls, device):  # a classifier; where none ships, that is said
         click.echo(f"no classifier ships for {dls.name} of {'x'.join(map(str, dls.shape))}{hint}: one is read from the cache, or trained now, in minutes", err=True)
     return classifier_for(dls, device=device)
 
+def _cautions(numbers, real):  # sentences, for what a table does not say by itself
+    if real["n"] < numbers["n"]: yield f"the real column is of {real['n']} images, and a distance falls with their number: compare at --n {real['n']}"
+    if numbers.get("identical", 0) > real.get("identical", 0): yield f"{numbers['identical']:.1%} of the images are training images, pixel for pixel"
+    error = numbers.get("closer_error", 0)
+    if error and (1 - numbers["expected"]) / error < 3:
+        yield "closer_z cannot reach 3 here, as there are few held-out images, or few different neighbours: copies and identical say more"
+
 # %% ../nbs/91_cli.ipynb #3266ec75
 @main.command()
 @click.argument("what", metavar="RUN_OR_FOLDER")
@@ -191,6 +198,7 @@ def evaluate(what, against, root, img_size, n, steps, guidance, features, seed, 
     dls, reference = _reference(against, img_size=size, root=root, seed=diff.seed if diff else 0, channels=channels)
     if features == "classifier" and not dls.num_classes: raise ValueError(f"{dls.name} has no classes: --features is random, pixels or inception")
     images, labels = _drawn(diff, dls, n, steps, guidance, seed) if diff else _folder(what, dls, against)
+    if len(images) < 6: raise ValueError(f"{what} holds {len(images)} images, and a comparison takes 6 or more (coverage looks at the fifth neighbour)")
     if len(images) > n:
         pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n]
         images, labels = images[pick], None if labels is None else labels[pick]
@@ -203,7 +211,7 @@ def evaluate(what, against, root, img_size, n, steps, guidance, features, seed, 
         real = real_report(dls, len(images), **options)
     click.echo(report_table({Path(what).name if diff is None or is_run else what: numbers, f"real {dls.name}": real}))
     click.echo(reference)
-    for message in dict.fromkeys(str(w.message) for w in caught): click.echo(f"warning: {message}", err=True)
+    for message in [*dict.fromkeys(str(w.message) for w in caught), *_cautions(numbers, real)]: click.echo(f"warning: {message}", err=True)
     made = dict(steps=steps, guidance=guidance if diff.num_classes else 1.0) if diff else {}
     write_json(out, dict(what=str(what), against=str(against), features=features, seed=seed, **made, numbers=numbers, real=real))
     click.echo(f"{out}")

@@ -10,7 +10,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .features import Inception, RandomFeatures, as_float, check_finite, check_fit, check_range, checked, distances, extract, feature_sets, inception_features, pixel_features
+from .features import Inception, RandomFeatures, as_float, check_finite, check_fit, check_range, check_sizes, checked, distances, extract, feature_sets, inception_features, pixel_features
 from .judge import Classifier, classifier_for, label_accuracy, predict, shift, shipped_classifier, ships, test_accuracy, train_classifier
 
 # %% ../nbs/09_evaluation.ipynb #872c6822
@@ -89,9 +89,10 @@ def precision_recall(
     b: Tensor,  # real ones; as many, since the size of a ball depends on how many there are
     features=None,  # batch -> (N,D), see `extract`; None: a and b are features
     k: int = 3,  # a ball reaches to the k-th neighbour
-) -> dict:  # precision, recall, f1, each in [0, 1]
+) -> dict:  # precision, recall, f1, each in [0, 1]; a warning for sets of other sizes
     "Share of generated images in a ball around a real one, of real images in a ball around a generated one (Kynkaanniemi et al. 2019)."
     a, b = feature_sets(a, b, features)
+    check_sizes(a, b)
     def share(points, centres):
         r = radii(centres, k) * (1 + 1e-9)  # the boundary belongs to the ball, whatever the rounding
         return torch.cat([(distances(c, centres) <= r).any(1) for c in points.split(1000)]).double().mean().item()
@@ -104,9 +105,10 @@ def density_coverage(
     b: Tensor,  # real ones; as many, since fewer generated ones reach fewer balls
     features=None,  # batch -> (N,D), see `extract`; None: a and b are features
     k: int = 5,  # a ball reaches to the k-th neighbour
-) -> dict:  # density (1 for the same source), coverage in [0, 1] (1 - 2**-k for the same source and many samples)
+) -> dict:  # density (1 for the same source), coverage in [0, 1] (1 - 2**-k for the same source and many samples); a warning for sets of other sizes
     "How many real balls a generated image is in, over k; share of the real balls with a generated image in them (Naeem et al. 2020)."
     a, b = feature_sets(a, b, features)
+    check_sizes(a, b)
     r, hits, covered = radii(b, k) * (1 - 1e-9), 0, torch.zeros(len(b), dtype=torch.bool)
     for chunk in a.split(1000):
         d = distances(chunk, b)
@@ -154,7 +156,7 @@ def memorisation(
     heldout: Tensor,  # images from the same source that were not trained on, best as many
     features=None,  # batch -> (N,D), see `extract`; None: pixels
     ratio: float = 1 / 3,  # a copy is nearer to one real image than this share of the distance to any other (Yoon et al. 2023)
-) -> dict:  # closer, error, expected, z; copies, copies_heldout (shares), copies_z; train, heldout (median distances)
+) -> dict:  # closer, error, expected, z; copies, copies_heldout (shares), copies_z; identical (share); train, heldout (median distances)
     "Is the training set nearer to generated images than data that could as well have been it? Above z = 3: yes."
     if features is not None: generated, train, heldout = (extract(features, x) for x in (generated, train, heldout))
     (to_train, i), (to_heldout, j) = (nearest_neighbours(generated, x, min(2, len(x))) for x in (train, heldout))
@@ -162,9 +164,10 @@ def memorisation(
     who = torch.cat([i, len(train) + j], 1).gather(1, order)[:, 0]
     copy, mine = d[:, 0] < ratio * d[:, 1], who < len(train)
     closer, error, z = closer_share(who, len(train), len(heldout))
+    half = 0 if features is not None else (to_train.new_tensor(generated[0].numel()) ** 0.5 / 255).item()  # half a grey level in every pixel: rounding
     return dict(closer=closer, error=error, expected=len(train) / (len(train) + len(heldout)), z=z,
                 copies=(copy & mine).double().mean().item(), copies_heldout=(copy & ~mine).double().mean().item(),
-                copies_z=closer_share(who[copy], len(train), len(heldout))[2],
+                copies_z=closer_share(who[copy], len(train), len(heldout))[2], identical=(to_train[:, 0] <= half).double().mean().item(),
                 train=to_train[:, 0].median().item(), heldout=to_heldout[:, 0].median().item())
 
 # %% ../nbs/09_evaluation.ipynb #be70aeb9

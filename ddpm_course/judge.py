@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .checkpoint import write_atomic
 from .core import cache_folder, default_device
-from .features import as_float
+from .features import as_float, check_finite, check_range
 from .pretrained import manifest, read_pretrained
 
 # %% ../nbs/08b_judge.ipynb #1e8c9d2f
@@ -79,10 +79,11 @@ def predict(
     classifier: Classifier,
     images: Tensor,  # (N,C,H,W) uint8, or floats in [-1, 1]
     batch_size: int = 500,
-) -> Tensor:  # (N,) int64 on the CPU
+) -> Tensor:  # (N,) int64 on the CPU; ValueError for images of another shape, NaN or infinity; a warning for floats of another range
     "The class that a classifier reads in each image."
     if tuple(images.shape[1:]) != classifier.shape:
         raise ValueError(f"the classifier reads images of shape {classifier.shape}, not {tuple(images.shape[1:])}")
+    check_range(images, noisy=True); check_finite(images, "images")
     weight = classifier.head.weight
     return torch.cat([classifier(as_float(x, weight.dtype).to(weight.device)).argmax(1).cpu() for x in images.split(batch_size)])
 
@@ -90,11 +91,11 @@ def label_accuracy(
     classifier: Classifier,
     images: Tensor,  # (N,C,H,W) uint8, or floats in [-1, 1], real or generated
     labels: Tensor,  # (N,) the class that each has, or that was asked for
-) -> float:  # share in [0, 1]; ValueError for no images, or another number of labels
+) -> float:  # share in [0, 1]; ValueError for no images, or not a label for each
     "Share of the images in which the classifier reads the label."
     labels = torch.as_tensor(labels).cpu()
     if not len(images): raise ValueError("there are no images to read: pass at least one")
-    if len(labels) != len(images): raise ValueError(f"{len(labels)} labels for {len(images)} images")
+    if labels.shape != (len(images),): raise ValueError(f"labels of shape {tuple(labels.shape)} for {len(images)} images: pass one number for each, ({len(images)},)")
     return (predict(classifier, images) == labels).float().mean().item()
 
 # %% ../nbs/08b_judge.ipynb #da348efe

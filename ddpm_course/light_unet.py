@@ -42,7 +42,7 @@ class FiLMBlock(nn.Module):
 
 # %% ../nbs/06c_light_unet.ipynb #8de9ae2c
 class LightUNet(nn.Module):
-    "The UNet that the later lessons train: a twentieth of the source network's weights, about thirty times its images a second."
+    "The UNet that the later lessons train: a twentieth of the source network's weights, about fifty times its images a second on a CPU."
     def __init__(
         self,
         c_in: int = 1,  # channels of the images that come in

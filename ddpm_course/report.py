@@ -37,7 +37,7 @@ def report(
     out |= precision_recall(a, b) | density_coverage(a, b)
     if train is not None and heldout is not None:
         m = memorisation(images, train, heldout)
-        out |= {k: m[k] for k in ("closer", "expected", "copies", "copies_heldout", "copies_z")} | dict(closer_error=m["error"], closer_z=m["z"])
+        out |= {k: m[k] for k in ("closer", "expected", "copies", "copies_heldout", "copies_z", "identical")} | dict(closer_error=m["error"], closer_z=m["z"])
     return out
 
 # %% ../nbs/87_report.ipynb #81b313c0
@@ -83,6 +83,7 @@ MEANING = dict(
     closer_z="how far above, in standard errors: more than 3 is no accident",
     copies="three times nearer to one training image than to any other",
     copies_z="the same for the copies, against those of held-out images",
+    identical="a training image itself, pixel for pixel",
 )
 
 def report_table(

@@ -110,10 +110,22 @@ def test_training_by_images_stops_where_a_quiet_machine_would(bench):
     peer = SimpleNamespace(whole=True, seen=0, at=shares.append, step=lambda x, y: None)
     ttq.train(peer, iter([(torch.zeros(4, 1), torch.zeros(4))] * 100), 0.0, 12, "cpu", rate=6.0, begun=2.0)
     assert peer.seen == 60 and shares[0] == pytest.approx(2 / 12) and shares[-1] == pytest.approx((2 + 56 / 6) / 12), "what comes before the first step counts once"
-    row = ttq_row("diffusers", 60, 90) | dict(by="clock", seen=500, seconds=60.0, begun=10.0, sampling=50.0)
-    assert ttq.quiet([row], "diffusers", None, [300]) == (10.0, 10.0, 0.25)
-    for rows in ([], [row | dict(by="images")], [row | dict(budget=300)]):
-        with pytest.raises(SystemExit, match="by-images needs"): ttq.quiet(rows, "diffusers", None, [300])
+    row = ttq_row("diffusers", 60, 90) | dict(by="clock", seen=500, seconds=60.0, begun=10.0, sampling=50.0, run=dict(date="today"))
+    told = ttq.quiet([row], "diffusers", None)
+    assert told == dict(seen=500, seconds=60.0, begun=10.0, per_sample=0.25, run=dict(date="today"))
+    assert ttq.quiet([row | dict(by="images", clock=told, seen=1, seconds=1.0)], "diffusers", None) == told, "what the clock said outlives the row that it said it of"
+    for rows in ([], [row | dict(by="images")], [row | dict(lr=1.0)], [row | dict(model="source")]):
+        with pytest.raises(SystemExit, match="by-images needs"): ttq.quiet(rows, "diffusers", None)
+
+
+def test_ours_by_images_trains_for_the_budget_at_the_median_speed(bench, tmp_path):
+    rows = run(bench, "time_to_quality", tmp_path, "--only", "ours", "--guidance", "2")
+    with pytest.raises(SystemExit, match="by-images needs rows of ours"): run(bench, "time_to_quality", tmp_path / "none", "--only", "ours", "--guidance", "2", "--by-images")
+    again = run(bench, "time_to_quality", tmp_path, "--only", "ours", "--guidance", "2", "--by-images")
+    (first,), (row,) = rows, again
+    rate = first["seen"] / first["seconds"]
+    assert first["by"] == "clock" and row["by"] == "images" and row["clock"]["seen"] == first["seen"] and row["clock"]["run"] == first["run"]
+    assert row["seconds"] == pytest.approx(row["seen"] / rate) and abs(row["seconds"] - row["budget"]) <= 32 / rate and row["sampling"] == pytest.approx(first["sampling"])
 
 
 def test_the_source_drops_labels_for_the_whole_batch_and_copies_its_ema_at_first(bench, monkeypatch):

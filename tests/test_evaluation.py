@@ -138,6 +138,8 @@ BAD_FEATURES = dict(
     nobody=(lambda: ev.memorisation(normal(0), normal(20), normal(20)), "the first set is empty"),
     nan_generated=(lambda: ev.memorisation(nans(normal(20)), normal(20), normal(20)), "3 of 20 members of a set hold NaN"),
     nan_heldout=(lambda: ev.memorisation(normal(20), normal(20), nans(normal(20))), "3 of 20 members of a set hold NaN"),
+    nan_read=(lambda: ev.predict(ev.Classifier((1, 8, 8), 3).eval(), torch.full((4, 1, 8, 8), torch.nan)), "4 of 4 images hold NaN"),
+    column_of_labels=(lambda: ev.label_accuracy(ev.Classifier((1, 8, 8), 3).eval(), pixels(4), torch.zeros(4, 1)), "shape (4, 1) for 4 images"),
     nothing_read=(lambda: ev.label_accuracy(ev.Classifier((1, 8, 8), 3), pixels(0), []), "no images to read"),
     one_image_loss=(lambda: ev.loss_per_level(tiny_diffusion().model, pixels(1)), "at least 2 images, not 1"),
     labels_loss=(lambda: ev.loss_per_level(tiny_diffusion().model, pixels(4), [0, 1]), "2 labels for 4 images"),
@@ -686,6 +688,46 @@ def test_evaluate_a_folder_of_copied_training_images(shipping, tmp_path):
     assert numbers["label_accuracy"] == pytest.approx(ev.label_accuracy(judge, dls.train.images[:80], dls.train.labels[:80]))
 
 
+def test_evaluate_catches_ten_images_copied_many_times(shipping, tmp_path):
+    dls = get_dls("digits", img_size=16)
+    ten = torch.stack([dls.train.images[dls.train.labels == k][0] for k in range(10)])
+    folder = pictures(tmp_path / "ten", ten.repeat(20, 1, 1, 1))
+    said = evaluate(folder, "--against", "digits", "--img-size", 16, "--features", "pixels", "--out", tmp_path / "e.json")
+    written = plain_json(tmp_path, "e.json")
+    assert written["numbers"]["identical"] == 1 and written["real"]["identical"] == 0 and "warning: 100.0% of the images are training images, pixel for pixel" in said
+    assert "closer_z cannot reach 3" in said  # ten witnesses, eight training images for each that was held out
+    assert "warning: the real column is of 179 images" in said and "--n 179" in said
+
+
+def test_images_rounded_to_pixels_are_still_identical_and_others_are_not():
+    train, held = to_float(pixels(30)), to_float(pixels(30, seed=1))
+    near = train[:10] + (torch.rand(10, 1, 8, 8) - 0.5) / 127.5  # within the rounding of one grey level
+    assert ev.memorisation(near, train, held)["identical"] == 1 and ev.memorisation(train[:10] + 3 / 255, train, held)["identical"] == 0
+    assert ev.memorisation(held[:10], train, held)["identical"] == 0 and ev.memorisation(train[:10], train, held, features=flat)["identical"] == 1
+
+
+def test_a_judge_is_told_of_another_range_but_may_read_noise():
+    net = ev.Classifier((1, 8, 8), 3).eval()
+    with pytest.warns(UserWarning, match="from 0 to 1"): ev.label_accuracy(net, pixels(9) / 255, torch.zeros(9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ev.predict(net, 3 * torch.randn(9, 1, 8, 8))
+
+
+@pytest.mark.parametrize("measure", [ev.precision_recall, ev.density_coverage])
+def test_sets_of_other_sizes_are_told(measure):
+    with pytest.warns(UserWarning, match="300 generated and 60 real images"): measure(normal(300), normal(60, seed=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measure(normal(60), normal(64, seed=1))
+
+
+def test_too_few_images_are_told_before_a_judge_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_judge", lambda *a: pytest.fail("asked for a judge"))
+    folder = pictures(tmp_path / "five", pixels(5, size=16))
+    assert "holds 5 images, and a comparison takes 6" in evaluate(folder, "--against", "digits", "--img-size", 16, "--out", tmp_path / "e.json", code=1)
+
+
 def test_evaluate_a_folder_of_another_size_without_classes(shipping, tmp_path):
     stored = pixels(12, size=8)
     said = evaluate(pictures(tmp_path / "small", stored), "--against", "digits", "--img-size", 16, "--features", "pixels", "--n", 10, "--out", tmp_path / "new" / "e.json")
@@ -756,7 +798,7 @@ def test_evaluate_typed_wrong(what, run):
 
 def test_evaluate_what_is_not_there(shipping, tmp_path):
     assert "does not exist" in evaluate(tmp_path / "none", "--against", "digits", "--img-size", 16, code=1)
-    assert "6 images and 6 real ones" in evaluate(pictures(tmp_path / "three", pixels(3)), "--against", "digits", "--img-size", 16, "--out", tmp_path / "e.json", code=1)
+    assert "three holds 3 images" in evaluate(pictures(tmp_path / "three", pixels(3)), "--against", "digits", "--img-size", 16, "--out", tmp_path / "e.json", code=1)
     few = evaluate(tmp_path / "three", "--against", pictures(tmp_path / "c", pixels(19, seed=1)), "--img-size", 8, code=1)
     assert "c holds 19 images, and only" in few and "about 60 in all" in few
     pictures(tmp_path / "a", pixels(12)); pictures(tmp_path / "b", pixels(150, seed=1))
