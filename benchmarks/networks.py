@@ -25,7 +25,7 @@ SHAPES = {  # of 32x32 images; gathered 2x2, three levels are 16x16, 8x8 and 4x4
     "no attention": ("no attention", dict(attention=())),
     "more attention": ("attention at 8x8 and 4x4", dict(attention=(1, 2))),
     "cut": ("the cut UNet of lesson 06b: gathered 2x2, 32/64/64, attention at 4x4", dict(patch=2, widths=(32, 64, 64), attention=(2,), mid_blocks=1))}
-SCALE, KEY = 1.5, ("data", "shape", "seconds", "seed")
+SCALE, KEY = 1.5, ("data", "race", "shape", "seconds", "seed")
 
 
 def made(name: str, dls, device, seed: int = 0):
@@ -66,9 +66,9 @@ def measure(name: str, speed: float, dls, quality, args, seed: int) -> dict:
 
 
 def table(rows: list) -> str:
-    "A table for each data set and budget, the best network first."
+    "A table for each data set, budget and race (speeds compare only within one), the best network first."
     groups = {}
-    for r in rows: groups.setdefault((r["data"], r["seconds"]), []).append(r)
+    for r in rows: groups.setdefault((r["data"], r["seconds"], -r["race"].count(","), r["race"]), []).append(r)
     return "\n\n".join(one_table(groups[key]) for key in sorted(groups)) + f"\n\n{measured_on(rows)}"
 
 
@@ -102,7 +102,7 @@ def main(argv=None):
     speed = speeds(args.only, dls, args)
     for seed in args.seeds:
         for name in args.only:
-            results.add(data=dls.name, shape=name, seconds=args.seconds, seed=seed, **measure(name, speed[name], dls, quality, args, seed))
+            results.add(data=dls.name, race=", ".join(args.only), shape=name, seconds=args.seconds, seed=seed, **measure(name, speed[name], dls, quality, args, seed))
     print(table(results.rows), results.path, sep="\n\n")
 
 

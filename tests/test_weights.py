@@ -93,6 +93,23 @@ def test_the_floor_is_that_of_the_benchmarks(weights, monkeypatch):
     assert manifest()["digits"]["metrics"]["fid_of_real_images"] == 143
 
 
+@pytest.mark.filterwarnings("ignore:20 samples")
+def test_a_model_is_measured_anew_and_its_weights_stay(weights, monkeypatch, capsys):
+    import quality
+    weights.main(["digits"])
+    before, weights.commit = manifest()["digits"], lambda: "def"
+    monkeypatch.setattr(quality.Quality, "floor", lambda self, n: dict(classifier=123.0 + n, random=0.0))
+    monkeypatch.setattr(weights, "write_pretrained", lambda *a, **kw: pytest.fail("trained"))
+    weights.main(["digits", "--measure"])
+    after = manifest()["digits"]
+    assert after["metrics"]["fid_of_real_images"] == 143 and after["measured"]["commit"] == "def"
+    assert after["metrics"]["fid"] == pytest.approx(before["metrics"]["fid"], rel=0.05)  # half precision, now
+    changed = {k for k in after if after[k] != before.get(k)}
+    assert changed == {"metrics", "measured"} and {k for k, v in after["metrics"].items() if v != before["metrics"][k]} <= {"fid", "fid_of_real_images", "label_accuracy"}
+    with pytest.raises(SystemExit): weights.main(["classifier-digits", "--measure"])
+    assert "--measure is for digits, shapes, mnist" in capsys.readouterr().err
+
+
 def test_lessons_are_taken_with_their_own_seed_and_without_a_time(weights, tmp_path):
     write_pretrained("09b-base-seed-2", dict(w=torch.zeros(1)), dict(net={}, seed=2), tmp_path / "kept")
     weights.lessons(tmp_path / "kept", tmp_path / "lessons", "abc")
@@ -103,4 +120,5 @@ def test_lessons_are_taken_with_their_own_seed_and_without_a_time(weights, tmp_p
 def test_the_manifests_that_ship_state_the_seed_of_their_model():
     for folder in (None, weights_folder() / "lessons"):
         for name, entry in manifest(folder).items():
+            assert entry["metrics"].get("fid_of_real_images") is None or "measured" in entry or "+" not in entry["commit"], name
             assert entry["seed"] == entry["config"].get("seed", 0) and entry.get("seconds", 1) is not None, name

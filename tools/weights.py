@@ -10,6 +10,8 @@ A training that was interrupted goes on from its last checkpoint in runs/weights
 training that is done leaves no such folder. The classifiers come first: a model's metrics are what the classifier of its data set reads.
 Everything is seeded, precision and layout are part of the recipe: the same machine with as many threads gives the same weights. They are those of
 a commit, so the code must not differ from it (--dirty trains all the same, and the manifest shows a plus).
+
+--measure trains nothing: it measures shipped models anew, where judge or floor have changed since, and says so in their entries.
 """
 import argparse
 import hashlib
@@ -30,7 +32,7 @@ from ddpm_course.core import cache_folder, choose, default_device
 from ddpm_course.data import get_dls
 from ddpm_course.evaluation import test_accuracy, train_classifier
 from ddpm_course.pretrained import manifest, read_pretrained, weights_folder, write_pretrained
-from ddpm_course.training import Diffusion
+from ddpm_course.training import Diffusion, load_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs"
@@ -70,9 +72,29 @@ def classifier(data: str, at: str):
     return net.state_dict(), config, facts(f"classifier-{data}", at, dict(test_accuracy=test_accuracy(net, dls)), **training)
 
 
-def diffusion(data: str, at: str):
+def measured(diff, dls) -> dict:
+    "Metrics of a model, with judge and floor of the benchmarks."
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from quality import Quality  # so that judge and floor are those of the benchmarks
+    from bench import labels
+    from quality import Quality
+    y = labels(SAMPLES, dls.num_classes)
+    quality = Quality(dls, SimpleNamespace(quick=False, device=default_device()))
+    found = quality(diff.sample(y, cfg_scale=GUIDANCE, n_steps=STEPS, seed=SEED), y)
+    return dict(label_accuracy=found["accuracy"], fid=found["fid_classifier"], fid_of_real_images=found["floor_classifier"], judge_accuracy=test_accuracy(quality.judge, dls))
+
+
+def again(data: str, at: str) -> dict:
+    "The entry of a model that ships, with new metrics; its weights stay."
+    entries = manifest()
+    entry = entries[data]
+    numbers = measured(load_pretrained(data), get_dls(data, batch_size=32, **DATA[data]))
+    entry["metrics"] |= {k: round(v, 4) for k, v in numbers.items()}
+    entry["measured"] = dict(date=date.today().isoformat(), commit=at, torch=torch.__version__)
+    write_json(weights_folder() / "manifest.json", entries)
+    return entry
+
+
+def diffusion(data: str, at: str):
     dls = get_dls(data, batch_size=32, **DATA[data])
     run, start = run_folder(data, at), time.perf_counter()
     diff = Diffusion(shape=dls.shape, num_classes=dls.num_classes, classes=dls.classes, seed=SEED)
@@ -82,12 +104,7 @@ def diffusion(data: str, at: str):
     finally:
         seconds = before + time.perf_counter() - start
         if run.exists(): write_json(clock, dict(seconds=seconds))
-    labels = torch.arange(dls.num_classes).repeat(-(-SAMPLES // dls.num_classes))[:SAMPLES]
-    images = diff.sample(labels, cfg_scale=GUIDANCE, n_steps=STEPS, seed=SEED)
-    quality = Quality(dls, SimpleNamespace(quick=False, device=default_device()))
-    found = quality(images, labels)
-    numbers = dict(label_accuracy=found["accuracy"], fid=found["fid_classifier"], fid_of_real_images=found["floor_classifier"],
-                   judge_accuracy=test_accuracy(quality.judge, dls), valid_loss=diff.history[-1]["valid_loss"], steps=diff.step)
+    numbers = measured(diff, dls) | dict(valid_loss=diff.history[-1]["valid_loss"], steps=diff.step)
     training = {k: getattr(diff.settings, k) for k in ("precision", "channels_last", "total_steps")}
     return diff.ema_model.state_dict(), diff.config, facts(data, at, numbers, seconds=round(seconds), **training)
 
@@ -107,13 +124,18 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("names", nargs="+", metavar="NAME", help=f"some of {', '.join(DATA)}, {', '.join(f'classifier-{d}' for d in DATA)}; or lessons")
     p.add_argument("--dirty", action="store_true", help="although the code differs from its commit")
+    p.add_argument("--measure", action="store_true", help="train nothing, measure the shipped models anew")
     args, at = p.parse_args(argv), commit()  # before anything long: by its end files may have changed
     recipes = {f"classifier-{d}": (classifier, d) for d in DATA} | {d: (diffusion, d) for d in DATA}
     try: jobs = [] if args.names == ["lessons"] else [choose(name, recipes, "model") for name in args.names]
     except ValueError as e: p.error(str(e))
     if at.endswith("+") and not args.dirty: p.error(f"the code differs from its commit {at[:-1]}: commit it first, so that the manifest can say what made the weights (or --dirty)")
     if not jobs: return lessons(cache_folder() / "kept" / "cpu", weights_folder() / "lessons", at)
+    if args.measure and any(make is not diffusion for make, _ in jobs): p.error(f"--measure is for {', '.join(DATA)}")
     for name, (make, data) in zip(args.names, jobs):
+        if args.measure:
+            print(name, again(data, at)["metrics"])
+            continue
         weights, config, about = make(data, at)
         entry = write_pretrained(name, weights, config, **about)
         if make is diffusion: shutil.rmtree(run_folder(data, at), ignore_errors=True)
