@@ -24,16 +24,16 @@ SHAPES = {  # of 32x32 images; gathered 2x2, three levels are 16x16, 8x8 and 4x4
     "wide": ("half as wide again: 48/96/96", dict(widths=(48, 96, 96))),
     "no attention": ("no attention", dict(attention=())),
     "more attention": ("attention at 8x8 and 4x4", dict(attention=(1, 2))),
-    "cut": ("the cut UNet of lesson 06b: gathered 2x2, 32/64/64, attention at 4x4", dict(patch=2, widths=(32, 64, 64), attention=(2,), mid_blocks=1))}
+    "cut": ("the cut UNet of lesson 06b: gathered 2x2, 32/64/64, attention at 4x4", dict(name="UNet_conditional", patch=2, widths=(32, 64, 64), attention=(2,), mid_blocks=1))}
 SCALE, KEY = 1.5, ("data", "race", "shape", "seconds", "seed")
 
 
 def made(name: str, dls, device, seed: int = 0):
-    from ddpm_course.light_unet import LightUNet
+    from ddpm_course.model import make_net
     from ddpm_course.training import Diffusion
-    from ddpm_course.unet import UNet_conditional
     torch.manual_seed(seed)
-    return Diffusion((UNet_conditional if name == "cut" else LightUNet)(dls.shape[0], dls.shape[0], num_classes=dls.num_classes, **SHAPES[name][1]), shape=dls.shape, num_classes=dls.num_classes, device=device, seed=seed)
+    net = make_net(**dict(name="LightUNet", c_in=dls.shape[0], c_out=dls.shape[0], num_classes=dls.num_classes) | SHAPES[name][1])
+    return Diffusion(net, shape=dls.shape, num_classes=dls.num_classes, device=device, seed=seed)
 
 
 def speeds(names: list, dls, args) -> dict:

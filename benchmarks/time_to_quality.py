@@ -24,7 +24,7 @@ from bench import Results, begin, labels, markdown, measured_on, over_seeds, par
 NAMES = dict(ours="ddpm_course, light network", source="the source's network, as the source trains it",
              denoising_diffusion_pytorch="denoising_diffusion_pytorch, dim 32", diffusers="diffusers UNet2DModel 32/64/64")
 TARGET, GOAL = 300, 2.0  # seconds and guidance of ours that the peers are measured against
-COUNTED = "{} were trained for the images that their speed by the clock gives{}. "
+COUNTED = "The rows of {} were trained for the images that their speed by the clock gives{}. "
 LATE = " (the peers' start counted in, so up to a tenth too few)"  # of rows that do not know how long their start took
 LONG = (600, 1200, 1800)  # seconds at which a peer is looked at again
 
@@ -44,8 +44,10 @@ class Bench:
         "Quality of all samples, and of the first few of them: FIDs compare only at equal numbers."
         return [self.quality(images[:n], None if asked is None else asked[:n]) for n in sorted({len(images), min(few, len(images))})]
 
-    def save(self, model: str, budget: int, images, asked, sampling: float, **row):
-        self.results.add(model=model, budget=budget, **row, sampling=sampling, quality=self.judged(images, asked, self.args.samples_slow))
+    def save(self, model: str, budget: int, images, asked, sampling: float, told: dict | None = None, **row):
+        "A row by the clock; or by images, with what the clock had told."
+        by = dict(by="images", clock=told) if told else dict(by="clock")
+        self.results.add(model=model, budget=budget, **row, **by, sampling=sampling, quality=self.judged(images, asked, self.args.samples_slow))
 
 
 def timed(sample, y):
@@ -61,9 +63,10 @@ def ours(bench: Bench, budget: int, seed: int):
     start = time.perf_counter() - bench.loading
     diff = Diffusion(shape=dls.shape, num_classes=dls.num_classes, device=args.device, seed=seed)
     if args.by_images:
-        clocks = {scale: [clock(r) for r in bench.results.rows if (r["model"], r["budget"], r["guidance"]) == ("ours", budget, scale)] for scale in args.guidance}
-        if not all(clocks.values()): raise SystemExit(f"--by-images needs rows of ours at {budget} s, timed on a quiet machine first: --only ours --budgets {budget}")
-        rate = statistics.median(c["seen"] / c["seconds"] for c in clocks[args.guidance[0]])
+        clocks = {(r["guidance"], r["seed"]): clock(r) for r in bench.results.rows if (r["model"], r["budget"]) == ("ours", budget)}
+        if missing := [scale for scale in args.guidance if (scale, seed) not in clocks]:
+            raise SystemExit(f"--by-images needs rows of ours at {budget} s (seed {seed}, guidance {', '.join(map(str, missing))}), timed on a quiet machine first: --only ours --budgets {budget}")
+        rate = statistics.median(c["seen"] / c["seconds"] for c in clocks.values())
         diff.prepare(dls, total_steps=max(round(budget * rate / dls.train.batch_size), 1))
         found = diff.settings
     else:
@@ -78,11 +81,9 @@ def ours(bench: Bench, budget: int, seed: int):
     y = labels(args.n, dls.num_classes)
     for scale in args.guidance:
         images, sampling = timed(lambda y: diff.sample(y, cfg_scale=scale, n_steps=20, seed=seed, precision=found.precision), y)
-        counted = dict(by="clock")
-        if args.by_images:
-            mine = next((clock(r) for r in bench.results.rows if (r["model"], r["budget"], r["guidance"], r["seed"]) == ("ours", budget, scale, seed)), clocks[scale][0])
-            seconds, sampling, counted = seen / rate, mine["per_sample"] * len(y), dict(by="images", clock=mine)
-        bench.save("ours", budget, images, y, sampling, seed=seed, guidance=scale, lr=diff.settings.lr, seconds=seconds, **counted,
+        told = clocks[scale, seed] if args.by_images else None
+        if told: seconds, sampling = seen / rate, told["per_sample"] * len(y)
+        bench.save("ours", budget, images, y, sampling, told, seed=seed, guidance=scale, lr=diff.settings.lr, seconds=seconds,
                    parameters=sum(p.numel() for p in diff.model.parameters()), seen=seen,
                    recipe=f"one-cycle {diff.settings.lr:g}, batch 32, {diff.config['param']['name']}, {diff.process.config['schedule']}, {found.precision}, {'channels_last' if found.channels_last else 'contiguous'}; Euler, 20 steps, in the same precision")
 
@@ -130,13 +131,13 @@ def peer_rows(bench: Bench, name: str, budgets: list, seed: int):
             dls.train.batch_size, batches = peer.batch, passes(dls.train)
             seconds = begun = time.perf_counter() - start
         told = quiet(bench.results.rows, name, args.lr) if args.by_images else None
-        if told: begun, rate = told["begun"], told["seen"] / (told["seconds"] - told["begun"])
-        else: rate = None
+        rate = told and told["seen"] / (told["seconds"] - told["begun"])
+        if told: begun = told["begun"]
         seconds = train(peer, batches, seconds, budget, args.device, rate, begun)
         images, sampling = timed(peer.sample, y)
-        if rate: seconds, sampling = begun + peer.seen / rate, told["per_sample"] * len(y)
-        bench.save(name, budget, images, y if peer.conditional else None, sampling, seed=seed, guidance=None, lr=args.lr, seconds=seconds, begun=begun,
-                   **(dict(by="images", clock=told) if told else dict(by="clock")), parameters=peer.parameters(), seen=peer.seen, recipe=peer.recipe)
+        if told: seconds, sampling = begun + peer.seen / rate, told["per_sample"] * len(y)
+        bench.save(name, budget, images, y if peer.conditional else None, sampling, told, seed=seed, guidance=None, lr=args.lr, seconds=seconds, begun=begun,
+                   parameters=peer.parameters(), seen=peer.seen, recipe=peer.recipe)
         if args.until_quality and reached(rows := bench.results.rows, [r for r in rows if (r["model"], r["lr"]) == (name, args.lr)]): return
 
 
@@ -175,10 +176,11 @@ def table(rows: list) -> str:
                       over_seeds([r["seconds"] for r in found]), found[0]["parameters"], int(statistics.mean(r["seen"] for r in found)),
                       best[0]["n"], fid_cell(best, "classifier"), fid_cell(best, "random"), accuracy_cell(best),
                       over_seeds([r["sampling"] * 1000 / q["n"] for r, q in zip(found, best)]), verdict(rows, name, lr)])
-    counted = [r for r in rows if r.get("by") == "images"]
-    who = [", ".join(f"{b:,}" for b in sorted({r["budget"] for r in counted if (r["model"] == "ours") == mine})) + " s of " + ("ours" if mine else "the peers")
-           for mine in (True, False) if any((r["model"] == "ours") == mine for r in counted)]
-    late = any("begun" not in r for r in counted if r["model"] != "ours")
+    counted = {"ours": [], "the peers": []}  # by images
+    for r in rows:
+        if r.get("by") == "images": counted["ours" if r["model"] == "ours" else "the peers"].append(r)
+    who = " and ".join(f"{', '.join(f'{b:,}' for b in sorted({r['budget'] for r in found}))} s of {name}" for name, found in counted.items() if found)
+    late = any("begun" not in r for r in counted["the peers"])
     header = ["model", "seconds of training", "parameters", "images seen", "samples", "FID, classifier's features", "FID, random features",
               "read as asked", "seconds for 1,000 samples", f"as good as ours at {TARGET} s"]
     recipes = [f"* {NAMES[m]}: {next(r['recipe'] for r in rows if r['model'] == m)}" for m in NAMES if any(r["model"] == m for r in rows)]
@@ -186,7 +188,7 @@ def table(rows: list) -> str:
         markdown(header, lines), "",
         f"{explained([q for r in rows for q in r['quality']])}"
         f"± is half the range over {len({r['seed'] for r in rows if r['model'] == 'ours'})} seeds of ours; the others have one seed. "
-        f"{COUNTED.format('The rows of ' + ' and '.join(who), LATE * late) if counted else ''}The last column compares FIDs of {min(r['quality'][0]['n'] for r in rows)} samples, of ours with guidance {GOAL:g}, not its best. {measured_on(rows)}", "", *recipes])
+        f"{COUNTED.format(who, LATE * late) if who else ''}The last column compares FIDs of {min(r['quality'][0]['n'] for r in rows)} samples, of ours with guidance {GOAL:g}, not its best. {measured_on(rows)}", "", *recipes])
 
 
 def main(argv=None):

@@ -164,7 +164,7 @@ def memorisation(
     who = torch.cat([i, len(train) + j], 1).gather(1, order)[:, 0]
     copy, mine = d[:, 0] < ratio * d[:, 1], who < len(train)
     closer, error, z = closer_share(who, len(train), len(heldout))
-    half = 0 if features is not None else (to_train.new_tensor(generated[0].numel()) ** 0.5 / 255).item()  # half a grey level in every pixel: rounding
+    half = 0 if features is not None else generated[0].numel() ** 0.5 / 255  # half a grey level in every pixel: rounding
     return dict(closer=closer, error=error, expected=len(train) / (len(train) + len(heldout)), z=z,
                 copies=(copy & mine).double().mean().item(), copies_heldout=(copy & ~mine).double().mean().item(),
                 copies_z=closer_share(who[copy], len(train), len(heldout))[2], identical=(to_train[:, 0] <= half).double().mean().item(),

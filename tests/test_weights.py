@@ -106,8 +106,9 @@ def test_a_model_is_measured_anew_and_its_weights_stay(weights, monkeypatch, cap
     assert after["metrics"]["fid"] == pytest.approx(before["metrics"]["fid"], rel=0.05)  # half precision, now
     changed = {k for k in after if after[k] != before.get(k)}
     assert changed == {"metrics", "measured"} and {k for k, v in after["metrics"].items() if v != before["metrics"][k]} <= {"fid", "fid_of_real_images", "label_accuracy"}
-    with pytest.raises(SystemExit): weights.main(["classifier-digits", "--measure"])
-    assert "--measure is for digits, shapes, mnist" in capsys.readouterr().err
+    for wrong in ("classifier-digits", "lessons"):
+        with pytest.raises(SystemExit): weights.main([wrong, "--measure"])
+        assert "--measure is for digits, shapes, mnist" in capsys.readouterr().err
 
 
 def test_lessons_are_taken_with_their_own_seed_and_without_a_time(weights, tmp_path):

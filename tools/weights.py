@@ -130,12 +130,12 @@ def main(argv=None):
     try: jobs = [] if args.names == ["lessons"] else [choose(name, recipes, "model") for name in args.names]
     except ValueError as e: p.error(str(e))
     if at.endswith("+") and not args.dirty: p.error(f"the code differs from its commit {at[:-1]}: commit it first, so that the manifest can say what made the weights (or --dirty)")
+    if args.measure:
+        if not set(args.names) <= set(DATA): p.error(f"--measure is for {', '.join(DATA)}")
+        for name in args.names: print(name, again(name, at)["metrics"])
+        return
     if not jobs: return lessons(cache_folder() / "kept" / "cpu", weights_folder() / "lessons", at)
-    if args.measure and any(make is not diffusion for make, _ in jobs): p.error(f"--measure is for {', '.join(DATA)}")
     for name, (make, data) in zip(args.names, jobs):
-        if args.measure:
-            print(name, again(data, at)["metrics"])
-            continue
         weights, config, about = make(data, at)
         entry = write_pretrained(name, weights, config, **about)
         if make is diffusion: shutil.rmtree(run_folder(data, at), ignore_errors=True)
