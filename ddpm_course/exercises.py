@@ -18,6 +18,8 @@ import traceback
 from pathlib import Path
 from typing import Any, Callable
 
+import torch
+
 from .checkpoint import CheckpointError, read_json, write_json
 from .core import choose
 
@@ -130,9 +132,11 @@ def graded(
     "What to say about an answer; remembers nothing."
     if answer is None: return Verdict(False, e.blank)
     plain = e.kind == "code" and e.returns and callable(answer) and not isinstance(answer, type)
-    try: hint = e.grade(_filled(answer) if plain else answer)
-    except _Blank: hint = e.blank
-    except Exception as error: hint = _raised(error)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # the same answer is always told the same
+        try: hint = e.grade(_filled(answer) if plain else answer)
+        except _Blank: hint = e.blank
+        except Exception as error: hint = _raised(error)
     return Verdict(True, f"Right. {e.why}".strip()) if hint is None else Verdict(False, hint)
 
 def three_ways(

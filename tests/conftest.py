@@ -1,8 +1,11 @@
-"""What the browser tests share: Chromium, and a folder for their screenshots."""
+"""What tests share: the same random numbers in every run, Chromium for the browser tests, and a folder for their screenshots."""
+import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
 ARGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-sync", "--disable-component-update",
@@ -11,6 +14,14 @@ ARGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-b
 
 def pytest_addoption(parser):
     parser.addoption("--shots", metavar="FOLDER", help="keep the screenshots of the browser tests here")
+    parser.addoption("--seed", metavar="N", type=int, default=0, help="every test starts from these random numbers; another N looks for tests that pass by luck")
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    "A test that fails in one run of twenty tells nobody anything."
+    for seed in random.seed, np.random.seed, torch.manual_seed:
+        seed(request.config.getoption("--seed"))
 
 
 @pytest.fixture(scope="session")

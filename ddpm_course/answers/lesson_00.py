@@ -70,6 +70,6 @@ def _(f):
     if x.shape != (1000, 2): return f"For n = 1000 the shape should be (1000, 2), not {tuple(x.shape)}."
     if x.dtype != torch.float32: return f"Return float32, not {x.dtype}."
     if not x.isfinite().all(): return "There are infinite values or NaN in it."
-    if x.mean(0).abs().max() > 0.75: return "Move it to the middle: subtract the mean."
+    if (x.mean(0).abs() > 0.75 * x.std(0).max()).any(): return "Move it to the middle: subtract the mean."
     if not 0.3 < x.std() < 1.6: return f"Its standard deviation is {x.std():.2f}: scale it to about 1, the size of the noise."
     if len(x.unique(dim=0)) <= 100: return "Fewer than 100 different points in 1000: make it random."
