@@ -73,12 +73,12 @@ def machine(device) -> str:
     return f"{found.get('model name') or platform.processor() or platform.machine()} ({', '.join([*which, f'{os.cpu_count()} CPUs'])})"
 
 
-def commit() -> str:
-    "The commit that was measured; '+' where files of the package or the benchmarks have changed since."
+def commit(*code: str, root: Path = HERE.parent) -> str:
+    "The commit that was measured; '+' where these files (none named: the package, the benchmarks) have changed since."
     def git(*args):
-        return subprocess.run(["git", "-C", HERE.parent, *args], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", "-C", root, *args], capture_output=True, text=True).stdout.strip()
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "ddpm_course/*.py", "benchmarks/*.py") else "")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", *(code or ("ddpm_course/*.py", "benchmarks/*.py"))) else "")
     except OSError:
         return ""
 

@@ -181,16 +181,22 @@ def show_images(
     titles=None,  # one text per image, shown above it
     scale: float = 0.9,  # inches per image
     ax=None,  # draw here instead of in a new figure (without titles)
-):
+    rows=(),  # one name per row, shown at its left (without titles)
+    columns=(),  # one name per column, shown above it (without titles)
+):  # ValueError for another number of names
     "Show images as one grid, or one by one with a title each."
     import matplotlib.pyplot as plt
     cols = min(cols, len(x))
-    rows = math.ceil(len(x) / cols)
+    shape = dict(rows=math.ceil(len(x) / cols), columns=cols)
     if titles is None:
-        if ax is None: ax = plt.subplots(figsize=(cols * scale, rows * scale))[1]
-        ax.imshow(grid(x, cols).permute(1, 2, 0)); ax.axis("off")
+        if ax is None: ax = plt.subplots(figsize=(cols * scale, shape["rows"] * scale))[1]
+        ax.imshow(grid(x, cols).permute(1, 2, 0))
+        ax.set_frame_on(False); ax.xaxis.tick_top(); ax.tick_params(length=0, labelsize=8)
+        for (what, n), names, put, side in zip(shape.items(), (rows, columns), (ax.set_yticks, ax.set_xticks), x.shape[2:]):
+            if len(names) not in (0, n): raise ValueError(f"{len(names)} names for {n} {what}")
+            put([(side + 1) * (i + 0.5) for i in range(len(names))], [str(name) for name in names])
         return ax
-    axs = plt.subplots(rows, cols, figsize=(cols * scale * 1.2, rows * scale * 1.4), squeeze=False)[1].ravel()
+    axs = plt.subplots(shape["rows"], cols, figsize=(cols * scale * 1.2, shape["rows"] * scale * 1.4), squeeze=False)[1].ravel()
     for a in axs: a.axis("off")
     for a, im, title in zip(axs, x, titles):
         a.imshow(grid(im[None], 1, pad=0).permute(1, 2, 0)); a.set_title(str(title), fontsize=8)

@@ -19,7 +19,7 @@ import time
 import torch
 from torch import Tensor
 
-from .core import example_generators, grid, to_float
+from .core import example_generators, grid, show_images, to_float
 
 def png(
     drawn,  # a figure, axes, images (N,C,H,W), PNG bytes, or None: the figure that pyplot has open
@@ -258,11 +258,9 @@ def _fixed(figure):  # the layout is found once: that takes longer than drawing
     figure.set_layout_engine("none")
 
 def _images(ax, x, cols, names=()):  # show images in rows, with a name for each row; returns a function that puts others there
-    shown = ax.imshow(grid(x, cols).permute(1, 2, 0), interpolation="nearest")
-    step = shown.get_array().shape[0] / -(-len(x) // cols)
-    ax.set(xticks=[], yticks=[step * (i + 0.5) for i in range(len(names))], yticklabels=names)
-    ax.tick_params(length=0); ax.spines[:].set_visible(False)
-    return lambda x: shown.set_data(grid(x, cols).permute(1, 2, 0))
+    shown = show_images(x, cols, ax=ax, rows=names).images[0]
+    shown.set_interpolation("nearest")  # quicker
+    return lambda x: shown.set_data(grid(x, min(cols, len(x))).permute(1, 2, 0))
 
 def _normal(shape, seed): return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 

@@ -89,7 +89,7 @@ def test_the_ci_tier_is_refused(tmp_path):
 def project(tmp_path):
     "A project with one exported notebook, and the check in it."
     (tmp_path / "tools").mkdir(), (tmp_path / "nbs").mkdir()
-    shutil.copy(ROOT / "tools" / "check.py", tmp_path / "tools")
+    for name in ("check.py", "anywhere.py"): shutil.copy(ROOT / "tools" / name, tmp_path / "tools")
     for name in ("settings.ini", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     notebook(tmp_path / "nbs" / "00_one.ipynb", "#| default_exp one", "#| export\ndef one():\n    return 1", "assert one() == 1")

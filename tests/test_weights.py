@@ -30,7 +30,7 @@ def weights(tmp_path, monkeypatch):
     shutil.copy(judge, shelf)
     write_json(shelf / "manifest.json", {judge.stem: manifest()[judge.stem]})
     for module in (tool, pretrained): monkeypatch.setattr(module, "weights_folder", lambda: shelf)
-    tool.commit, tool.RUNS, tool.EPOCHS, tool.SAMPLES, tool.STEPS = (lambda: "abc"), tmp_path / "runs", dict(digits=0.05), 20, 2
+    tool.commit, tool.RUNS, tool.EPOCHS, tool.SAMPLES, tool.STEPS = (lambda *code: "abc"), tmp_path / "runs", dict(digits=0.05), 20, 2
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     yield tool
     sys.modules.pop("quality", None)
@@ -39,28 +39,28 @@ def weights(tmp_path, monkeypatch):
 @pytest.mark.parametrize("names, commit, says", [("mnits", "abc", "Did you mean 'mnist'?"), ("digits lessons", "abc", "unknown model 'lessons'"),
                                                  ("digits", "abc+", "differs from its commit abc:"), ("lessons", "abc+", "differs from its commit abc:")])
 def test_what_cannot_be_made_is_told_before_anything_is_trained(weights, capsys, names, commit, says):
-    weights.commit, weights.diffusion, weights.lessons = (lambda: commit), *[lambda *a: pytest.fail("began")] * 2
+    weights.commit, weights.diffusion, weights.lessons = (lambda *code: commit), *[lambda *a: pytest.fail("began")] * 2
     with pytest.raises(SystemExit) as e: weights.main(names.split())
     assert e.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_commit_has_a_plus_where_code_differs_and_nowhere_else(tmp_path):
     tool = loaded()
-    tool.ROOT = tmp_path
-    code, text = tool.ROOT / "ddpm_course/core.py", tool.ROOT / "ddpm_course/weights/manifest.json"
+    def commit(): return tool.commit(*tool.CODE, root=tmp_path)
+    code, text = tmp_path / "ddpm_course/core.py", tmp_path / "ddpm_course/weights/manifest.json"
     text.parent.mkdir(parents=True)
     for path in (code, text): path.write_text("1\n")
-    for args in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm first"): subprocess.run(["git", *args.split()], cwd=tool.ROOT, check=True)
-    clean = tool.commit()
+    for args in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm first"): subprocess.run(["git", *args.split()], cwd=tmp_path, check=True)
+    clean = commit()
     text.write_text("2\n")  # what the tool itself writes
-    assert len(clean) == 12 and tool.commit() == clean
+    assert len(clean) == 12 and commit() == clean
     code.write_text("2\n")
-    assert tool.commit() == clean + "+"
+    assert commit() == clean + "+"
 
 
 def test_the_manifest_says_what_the_code_was_when_training_began(weights):
     commits = iter(["before+", "after"])
-    weights.commit = lambda: next(commits)
+    weights.commit = lambda *code: next(commits)
     weights.diffusion = lambda data, at: (dict(w=torch.zeros(1)), dict(net={}), weights.facts(data, at, {}))
     weights.main(["digits", "--dirty"])
     assert manifest()["digits"]["commit"] == "before+"

@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import re
 import shutil
-import subprocess
 import sys
 import time
 from datetime import date
@@ -35,6 +34,9 @@ from ddpm_course.pretrained import manifest, read_pretrained, weights_folder, wr
 from ddpm_course.training import Diffusion, load_pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from bench import commit, labels  # noqa: E402
+
 RUNS = ROOT / "runs"
 DATA = dict(digits=dict(img_size=16), shapes=dict(img_size=32), mnist=dict(img_size=32))
 EPOCHS = dict(digits=100, shapes=4, mnist=4)  # passes over the training split
@@ -42,12 +44,6 @@ TRAINING = dict(precision="bfloat16", channels_last=False)  # what two CPU cores
 CODE = ("ddpm_course/*.py", "tools/weights.py", "benchmarks/quality.py")  # what decides about weights and metrics
 LEFT_OUT = re.compile(r"08-|06c-(?!(cut-UNet|LightUNet)-0)")  # 08: load_pretrained has it
 SEED, SAMPLES, STEPS, GUIDANCE = 0, 1000, 20, 2.0
-
-
-def commit() -> str:
-    "What the code is, with a plus where it differs from that commit."
-    def git(*args): return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", *CODE) else "")
 
 
 def facts(name: str, at: str, metrics: dict, **more) -> dict:
@@ -74,8 +70,6 @@ def classifier(data: str, at: str):
 
 def measured(diff, dls) -> dict:
     "Metrics of a model, with judge and floor of the benchmarks."
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from bench import labels
     from quality import Quality
     y = labels(SAMPLES, dls.num_classes)
     quality = Quality(dls, SimpleNamespace(quick=False, device=default_device()))
@@ -125,7 +119,7 @@ def main(argv=None):
     p.add_argument("names", nargs="+", metavar="NAME", help=f"some of {', '.join(DATA)}, {', '.join(f'classifier-{d}' for d in DATA)}; or lessons")
     p.add_argument("--dirty", action="store_true", help="although the code differs from its commit")
     p.add_argument("--measure", action="store_true", help="train nothing, measure the shipped models anew")
-    args, at = p.parse_args(argv), commit()  # before anything long: by its end files may have changed
+    args, at = p.parse_args(argv), commit(*CODE)  # before anything long: by its end files may have changed
     recipes = {f"classifier-{d}": (classifier, d) for d in DATA} | {d: (diffusion, d) for d in DATA}
     try: jobs = [] if args.names == ["lessons"] else [choose(name, recipes, "model") for name in args.names]
     except ValueError as e: p.error(str(e))
