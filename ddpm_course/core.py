@@ -187,16 +187,19 @@ def show_images(
     "Show images as one grid, or one by one with a title each."
     import matplotlib.pyplot as plt
     cols = min(cols, len(x))
-    shape = dict(rows=math.ceil(len(x) / cols), columns=cols)
+    n_rows = math.ceil(len(x) / cols)
     if titles is None:
-        if ax is None: ax = plt.subplots(figsize=(cols * scale, shape["rows"] * scale))[1]
+        for names, n, what in ((rows, n_rows, "rows"), (columns, cols, "columns")):
+            if len(names) not in (0, n): raise ValueError(f"{len(names)} names for {n} {what}")
+        if ax is None:
+            margin, above = 0.08 * max([len(str(name)) for name in rows], default=0), 0.3 * bool(len(columns))
+            ax = plt.subplots(figsize=(cols * scale + margin, n_rows * scale + above), layout="constrained" if len(rows) or len(columns) else None)[1]
         ax.imshow(grid(x, cols).permute(1, 2, 0))
         ax.set_frame_on(False); ax.xaxis.tick_top(); ax.tick_params(length=0, labelsize=8)
-        for (what, n), names, put, side in zip(shape.items(), (rows, columns), (ax.set_yticks, ax.set_xticks), x.shape[2:]):
-            if len(names) not in (0, n): raise ValueError(f"{len(names)} names for {n} {what}")
+        for names, put, side in ((rows, ax.set_yticks, x.shape[2]), (columns, ax.set_xticks, x.shape[3])):
             put([(side + 1) * (i + 0.5) for i in range(len(names))], [str(name) for name in names])
         return ax
-    axs = plt.subplots(shape["rows"], cols, figsize=(cols * scale * 1.2, shape["rows"] * scale * 1.4), squeeze=False)[1].ravel()
+    axs = plt.subplots(n_rows, cols, figsize=(cols * scale * 1.2, n_rows * scale * 1.4), squeeze=False)[1].ravel()
     for a in axs: a.axis("off")
     for a, im, title in zip(axs, x, titles):
         a.imshow(grid(im[None], 1, pad=0).permute(1, 2, 0)); a.set_title(str(title), fontsize=8)
