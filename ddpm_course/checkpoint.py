@@ -46,7 +46,7 @@ def write_json(path, value): write_atomic(path, (json.dumps(value, indent=1) + "
 
 def read_json(path) -> dict:  # CheckpointError if it is missing or does not hold a JSON object
     try: value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise CheckpointError(f"{path} does not exist: a run folder holds config.json and checkpoints/") from None
+    except (FileNotFoundError, NotADirectoryError): raise CheckpointError(f"{path} does not exist: a run folder holds config.json and checkpoints/") from None
     except (ValueError, OSError) as e: raise CheckpointError(f"{path} is damaged: expected JSON ({e})") from None
     if not isinstance(value, dict): raise CheckpointError(f"{path} is damaged: expected a JSON object, not {type(value).__name__}")
     return value

@@ -12,6 +12,7 @@ import difflib
 import math
 import os
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -151,7 +152,9 @@ def grid(
     pad: int = 1,  # white pixels between images
 ) -> Tensor:  # (3,H',W') uint8
     "One picture of many images, row by row."
-    if x.ndim != 4 or x.shape[1] not in (1, 3): raise ValueError(f"images are (N,1,H,W) or (N,3,H,W), not {tuple(x.shape)}")
+    if not torch.is_tensor(x) or x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise ValueError(f"images are a tensor (N,1,H,W) or (N,3,H,W), not {tuple(x.shape) if torch.is_tensor(x) else type(x).__name__}")
+    if not len(x) or cols < 1: raise ValueError(f"nothing to show: {len(x)} images, {cols} in a row")
     u8 = (x if x.dtype == torch.uint8 else to_uint8(x)).detach().cpu().expand(-1, 3, -1, -1)
     N, C, H, W = u8.shape
     rows = math.ceil(N / cols)
@@ -187,20 +190,25 @@ def show_images(
     "Show images as one grid, or one by one with a title each."
     import matplotlib.pyplot as plt
     cols = min(cols, len(x))
-    n_rows = math.ceil(len(x) / cols)
+    picture, (tall, wide) = grid(x, cols).permute(1, 2, 0), x.shape[2:]
+    counts = dict(rows=math.ceil(len(x) / cols), columns=cols, titles=len(x))
+    texts = {k: [str(v.item() if torch.is_tensor(v) else v) for v in (() if names is None else names)] for k, names in zip(counts, (rows, columns, titles))}
+    for k, names in texts.items():
+        if len(names) not in (0, counts[k]): raise ValueError(f"{len(names)} names for {counts[k]} {k}")
     if titles is None:
-        for names, n, what in ((rows, n_rows, "rows"), (columns, cols, "columns")):
-            if len(names) not in (0, n): raise ValueError(f"{len(names)} names for {n} {what}")
+        above = [textwrap.fill(name, max(int(14 * scale), 5), break_long_words=False) for name in texts["columns"]]  # as wide as an image
         if ax is None:
-            margin, above = 0.08 * max([len(str(name)) for name in rows], default=0), 0.3 * bool(len(columns))
-            ax = plt.subplots(figsize=(cols * scale + margin, n_rows * scale + above), layout="constrained" if len(rows) or len(columns) else None)[1]
-        ax.imshow(grid(x, cols).permute(1, 2, 0))
+            left, top = 0.08 * max(map(len, texts["rows"]), default=0), 0.15 * max((name.count("\n") + 2 for name in above), default=0)
+            named = texts["rows"] or above
+            ax = plt.subplots(figsize=(cols * scale + left, counts["rows"] * scale + top), layout="constrained" if named else None)[1]
+        ax.imshow(picture)
         ax.set_frame_on(False); ax.xaxis.tick_top(); ax.tick_params(length=0, labelsize=8)
-        for names, put, side in ((rows, ax.set_yticks, x.shape[2]), (columns, ax.set_xticks, x.shape[3])):
-            put([(side + 1) * (i + 0.5) for i in range(len(names))], [str(name) for name in names])
+        ax.set_yticks([(tall + 1) * (i + 0.5) for i in range(len(texts["rows"]))], texts["rows"])
+        ax.set_xticks([(wide + 1) * (i + 0.5) for i in range(len(above))], above)
+        if texts["rows"] and ax.figure.get_layout_engine(): ax.figure.draw_without_rendering()  # the first draw finds where the names begin, the next one makes room
         return ax
-    axs = plt.subplots(n_rows, cols, figsize=(cols * scale * 1.2, n_rows * scale * 1.4), squeeze=False)[1].ravel()
+    axs = plt.subplots(counts["rows"], cols, figsize=(cols * scale * 1.2, counts["rows"] * scale * 1.4), squeeze=False)[1].ravel()
     for a in axs: a.axis("off")
-    for a, im, title in zip(axs, x, titles):
-        a.imshow(grid(im[None], 1, pad=0).permute(1, 2, 0)); a.set_title(str(title), fontsize=8)
+    for a, im, title in zip(axs, x, texts["titles"]):
+        a.imshow(grid(im[None], 1, pad=0).permute(1, 2, 0)); a.set_title(title, fontsize=8)
     return axs

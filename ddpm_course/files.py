@@ -361,6 +361,7 @@ def check_options(name_or_path, img_size, batch_size, fit, on_bad, channels, fli
     choose(fit, dict.fromkeys(("pad", "crop")), "fit")
     choose(on_bad, dict.fromkeys(("warn", "error")), "on_bad")
     if channels not in (None, 1, 3): raise ValueError(f"channels is 1, 3 or None, not {channels!r}")
+    if flip not in (None, True, False): raise ValueError(f"flip is True, False or None, not {flip!r}")
     if not 0 <= valid < 1: raise ValueError(f"valid is a share of the training images, at least 0 and below 1, not {valid!r}")
     if sizes is not None and len(sizes) != 3: raise ValueError(f"sizes has three numbers, for train, valid and test, not {sizes!r}")
     for n in sizes or (): check_count(n, "each of sizes")

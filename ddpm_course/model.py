@@ -9,6 +9,7 @@ __all__ = ['PROCESSES', 'SAMPLERS', 'NETS', 'SUMS', 'param_config', 'make_param'
 
 # %% ../nbs/98_model.ipynb #96cbf6c7
 import copy
+import math
 from importlib import import_module
 from pathlib import Path
 
@@ -94,7 +95,7 @@ class Model:
     def __init__(
         self,
         net: nn.Module | None = None,  # (x, clock, cond) -> prediction; None: the course's light UNet
-        process=None,  # forward process; None: DDPM(1000, 'cosine')
+        process=None,  # forward process, or its name ('ddpm', 'vp', 'edm', 'flow', ...); None: DDPM(1000, 'cosine')
         param="x0",  # what the network predicts: a name ('eps', 'x0', 'v', ...) or a function of denoiser
         shape: tuple = (1, 32, 32),  # (C,H,W) of one image
         num_classes: int = 0,  # 0: no labels
@@ -102,7 +103,10 @@ class Model:
         p_uncond: float = 0.1,  # share of the labels dropped in training, for guidance
         device=None,  # 'cuda', 'mps', 'cpu'; None: the best there is
         seed: int = 0,  # of the first weights, the noise and the label dropout
-    ):  # ValueError: shape that the network cannot halve, unknown prediction or device
+    ):  # ValueError: shape that the network cannot halve, unknown prediction or device, names for other classes
+        if len(shape) != 3 or min(shape) < 1: raise ValueError(f"shape is (channels, height, width) of one image, not {tuple(shape)}")
+        if num_classes < 0 or classes is not None and len(classes) != num_classes: raise ValueError(f"num_classes={num_classes}, and {len(classes or ())} names in classes: give as many as there are classes")
+        if not 0 <= p_uncond <= 1: raise ValueError(f"p_uncond is a share of the labels, from 0 to 1, not {p_uncond}")
         self.device, self.shape, self.num_classes, self.null = default_device(device), tuple(shape), num_classes, num_classes
         self.classes, self.p_uncond, self.seed = list(classes or map(str, range(num_classes))), p_uncond, seed
         if net is None:
@@ -110,7 +114,7 @@ class Model:
                 torch.manual_seed(seed)
                 net = LightUNet(self.shape[0], self.shape[0], num_classes or None)
         if hasattr(net, "multiple"): check_size(self.shape[1:], net.multiple)
-        process = DDPM(1000, "cosine") if process is None else process
+        process = DDPM(1000, "cosine") if process is None else make_process(process) if isinstance(process, str) else process
         self.model = Denoiser(net, process, make_param(param) if isinstance(param, str) else param).to(self.device)
         self.process = self.model.process
         self.ema_model = copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -151,7 +155,10 @@ def asked(
         if labels is not None: raise ValueError("this model was trained without labels: ask for n images instead")
         return None
     if labels is None: labels = [num_classes] * (1 if n is None else n)
-    labels = torch.as_tensor(labels, dtype=torch.long).reshape(-1)
+    try: given = torch.as_tensor(labels).reshape(-1)
+    except (TypeError, ValueError): raise ValueError(f"labels are class numbers, not {labels!r}") from None
+    labels = given.long()
+    if not torch.equal(labels, given): raise ValueError(f"labels are whole numbers, not {given.tolist()}")
     if len(labels) and not ((labels >= 0) & (labels <= num_classes)).all():
         raise ValueError(f"labels are 0..{num_classes - 1} ({', '.join(classes[:12])}), or {num_classes} for 'no label', "
                          f"not {labels.min().item()}..{labels.max().item()}")
@@ -169,19 +176,21 @@ class Sampler(Model):
         use_ema: bool = True,  # the averaged weights, or those of the moment
         cfg_scale: float = 1.0,  # guidance: 0 ignores the label, 1 follows it, more exaggerates it
         n_steps: int = 50,  # denoising steps
-        step=euler,  # euler, ancestral, heun, ...
+        step=euler,  # euler, ancestral, heun, ..., or a name of SAMPLERS
         callback=None,  # see sampling.sample; called for every chunk
         seed: int | None = None,  # the same images again, however they are cut into chunks
         chunk: int = 128,  # images at once: what fits into memory, and on a CPU into its caches
         clip: bool = True,  # keep the estimates of the clean image in [-1, 1]
         precision: str = "float32",  # of the network: 'bfloat16' is faster where the hardware has it, and the same seed gives slightly other images
         **kw,  # settings of the step
-    ) -> Tensor:  # (B,C,H,W) floats in [-1, 1]
+    ) -> Tensor:  # (B,C,H,W) floats in [-1, 1]; ValueError for labels that do not exist, and settings that make no sense
         "Images from noise."
         y = asked(labels, n, self.num_classes, self.classes)
         n = (1 if n is None else n) if y is None else len(y)
         if chunk < 1: raise ValueError(f"chunk is a number of images, at least 1, not {chunk}")
-        dtype = choose(precision, PRECISIONS, "precision")
+        if not math.isfinite(cfg_scale): raise ValueError(f"cfg_scale is a finite number, 1 to follow the labels, not {cfg_scale}")
+        if n_steps != int(n_steps): raise ValueError(f"n_steps is a whole number of steps, not {n_steps}")
+        dtype, step = choose(precision, PRECISIONS, "precision"), check_step(copy.deepcopy(self.process).cpu(), step) if isinstance(step, str) else step
         model, done = self.ema_model if use_ema else self.model, []
         was_training, seed = model.training, int(torch.randint(2**31, ())) if seed is None else seed
         model.eval()
@@ -235,6 +244,7 @@ def check_data(
     dls,  # .train yields (x (B,C,H,W), y (B,)), or (x, y, eps) with noise for each image; see data.get_dls
 ):  # dls; ValueError where images or labels do not fit the model
     "Look at the first batch."
+    if not hasattr(dls, "train"): raise ValueError(f"train on data such as get_dls('digits'), not on {dls!r:.40}")
     (shape, K), known = (model.shape, model.num_classes), getattr(dls, "num_classes", None)
     x, y, *eps = next(iter(batches_from(dls.train)), (None, None))
     if x is None: raise ValueError("the training data is empty")

@@ -37,6 +37,8 @@ class Settings:
         choose(self.precision, {**PRECISIONS, "auto": None}, "precision")
         for name in ("lr", "clip", "accumulate"):
             if not getattr(self, name) > 0: raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}")
+        for name in ("accumulate", "total_steps", "ema_start"):
+            if getattr(self, name) % 1 or getattr(self, name) < 0: raise ValueError(f"{name} is a whole number, not {getattr(self, name)}")
 
 # %% ../nbs/99_settings.ipynb #213962d9
 def timings(

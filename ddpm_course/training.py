@@ -127,7 +127,7 @@ class _Trainer(_Epochs):
         for name in settings: choose(name, Settings.__dataclass_fields__, "setting")
         settings, length = Settings(**settings), [n for n in (epochs, minutes) if n is not None]
         if len(length) != 1 and not settings.total_steps: raise ValueError("say how long to train: epochs or minutes, one of them")
-        if not all(n > 0 for n in length): raise ValueError(f"train for more than {length[0]} {'minutes' if epochs is None else 'epochs'}")
+        if not all(0 < n < math.inf for n in length): raise ValueError(f"{'minutes' if epochs is None else 'epochs'} must be more than 0 and finite, not {length[0]}")
         self.dls = check_data(self, dls)
         if hasattr(dls, "to"): dls.to(self.device)
         settings = fastest(settings, self.device, self._trial)

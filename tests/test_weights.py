@@ -97,7 +97,7 @@ def test_the_floor_is_that_of_the_benchmarks(weights, monkeypatch):
 def test_a_model_is_measured_anew_and_its_weights_stay(weights, monkeypatch, capsys):
     import quality
     weights.main(["digits"])
-    before, weights.commit = manifest()["digits"], lambda: "def"
+    before, weights.commit = manifest()["digits"], lambda *code: "def"
     monkeypatch.setattr(quality.Quality, "floor", lambda self, n: dict(classifier=123.0 + n, random=0.0))
     monkeypatch.setattr(weights, "write_pretrained", lambda *a, **kw: pytest.fail("trained"))
     weights.main(["digits", "--measure"])
