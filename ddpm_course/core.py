@@ -179,7 +179,7 @@ def save_images(
     return path
 
 def show_images(
-    x: Tensor,  # (N,C,H,W) floats in [-1, 1] or uint8
+    x: Tensor,  # (N,C,H,W) floats in [-1, 1] or uint8; with titles also a list of images of other sizes
     cols: int = 8,  # images per row
     titles=None,  # one text per image, shown above it
     scale: float = 0.9,  # inches per image
@@ -190,12 +190,12 @@ def show_images(
     "Show images as one grid, or one by one with a title each."
     import matplotlib.pyplot as plt
     cols = min(cols, len(x))
-    picture, (tall, wide) = grid(x, cols).permute(1, 2, 0), x.shape[2:]
-    counts = dict(rows=math.ceil(len(x) / cols), columns=cols, titles=len(x))
+    counts = dict(rows=math.ceil(len(x) / max(cols, 1)), columns=cols, titles=len(x))
     texts = {k: [str(v.item() if torch.is_tensor(v) else v) for v in (() if names is None else names)] for k, names in zip(counts, (rows, columns, titles))}
     for k, names in texts.items():
         if len(names) not in (0, counts[k]): raise ValueError(f"{len(names)} names for {counts[k]} {k}")
     if titles is None:
+        picture, (tall, wide) = grid(x, cols).permute(1, 2, 0), x.shape[2:]
         above = [textwrap.fill(name, max(int(14 * scale), 5), break_long_words=False) for name in texts["columns"]]  # as wide as an image
         if ax is None:
             left, top = 0.08 * max(map(len, texts["rows"]), default=0), 0.15 * max((name.count("\n") + 2 for name in above), default=0)

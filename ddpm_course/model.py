@@ -104,7 +104,7 @@ class Model:
         device=None,  # 'cuda', 'mps', 'cpu'; None: the best there is
         seed: int = 0,  # of the first weights, the noise and the label dropout
     ):  # ValueError: shape that the network cannot halve, unknown prediction or device, names for other classes
-        if len(shape) != 3 or min(shape) < 1: raise ValueError(f"shape is (channels, height, width) of one image, not {tuple(shape)}")
+        if not shape or min(shape) < 1: raise ValueError(f"shape is (channels, height, width) of one image, or (numbers,) of a point, not {tuple(shape)}")
         if num_classes < 0 or classes is not None and len(classes) != num_classes: raise ValueError(f"num_classes={num_classes}, and {len(classes or ())} names in classes: give as many as there are classes")
         if not 0 <= p_uncond <= 1: raise ValueError(f"p_uncond is a share of the labels, from 0 to 1, not {p_uncond}")
         self.device, self.shape, self.num_classes, self.null = default_device(device), tuple(shape), num_classes, num_classes
