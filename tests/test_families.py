@@ -243,7 +243,7 @@ def asks_what_a_process_is(source: str) -> list:
     def names(node): return {getattr(n, "id", getattr(n, "attr", None)) for n in ast.walk(node)}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass", "hasattr", "getattr"):
-            asked = names(node.args[1]) & classes or "process" in names(node.args[0]) and names(node.args[1]) != {"str"}  # a name is no process yet
+            asked = names(node.args[1]) & classes or "process" in names(node.args[0]) and "str" not in names(node.args[1])  # a name is no process yet
         elif isinstance(node, ast.Compare):  # type(process) is VP, process.config["name"] == "flow", type(process).__name__ == ...
             sides = [node.left, *node.comparators]
             calls = any(isinstance(n, ast.Call) and getattr(n.func, "id", "") == "type" for s in sides for n in ast.walk(s))
