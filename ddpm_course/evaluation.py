@@ -10,7 +10,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from .features import Inception, RandomFeatures, as_float, check_finite, check_fit, check_range, check_sizes, checked, distances, extract, feature_sets, inception_features, pixel_features
+from .features import Inception, RandomFeatures, as_float, check_finite, check_fit, check_range, check_sizes, check_tensor, checked, distances, extract, feature_sets, inception_features, pixel_features
+from .files import check_count
 from .judge import Classifier, classifier_for, label_accuracy, predict, shift, shipped_classifier, ships, test_accuracy, train_classifier
 
 # %% ../nbs/09_evaluation.ipynb #872c6822
@@ -51,7 +52,7 @@ def mmd(
 def kernel_distance(
     fa: Tensor,  # (N,D) features of generated images
     fb: Tensor,  # (M,D) features of other, real ones; both sets drawn at random: with equal numbers of each class 0 is not the average
-    subsets: int = 10,  # disjoint parts, each compared by itself: their spread is the error
+    subsets: int = 10,  # disjoint parts, each compared by itself: their spread is the error, a poor one for fewer than ten
     size: int | None = None,  # images per part; None: all there are
     seed: int = 0,  # of the division into parts
 ):  # (mean, standard error); ValueError if there are too few for that many parts
@@ -124,6 +125,7 @@ def nearest_neighbours(
     chunk: int = 256,  # members of a at once
 ):  # distances (N,k), nearest first, and indices into b (N,k); ValueError for other shapes, too few, none, NaN
     "Which members of b are nearest to each of a, by the Euclidean distance of all their numbers."
+    check_count(chunk, "chunk")
     if a.shape[1:] != b.shape[1:]: raise ValueError(f"neighbours have the same shape, not {tuple(a.shape[1:])} and {tuple(b.shape[1:])}")
     if not 1 <= k <= len(b): raise ValueError(f"there are {len(b)} candidates: k goes from 1 to that, not {k}")
     if not len(a): raise ValueError("there is nobody to find neighbours for: the first set is empty")
@@ -188,6 +190,7 @@ def loss_per_level(
     batch_size: int = 256,
 ) -> dict:  # t, loss, error: (K,) tensors on the CPU; error is the standard error over the images; ValueError for too few, other times
     "The denoising loss at each noise level, to be set against denoiser.loss_floor."
+    check_tensor(images); check_count(batch_size, "batch_size")
     ts, device = _levels(images, labels, ts, denoiser.process.t_max), next(denoiser.parameters(), images).device
     was_training, levels = denoiser.training, []
     denoiser.eval()

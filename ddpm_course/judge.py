@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .checkpoint import write_atomic
 from .core import cache_folder, default_device
 from .features import as_float, check_finite, check_range
+from .files import check_count, check_labels
 from .pretrained import manifest, read_pretrained
 
 # %% ../nbs/08b_judge.ipynb #1e8c9d2f
@@ -83,19 +84,18 @@ def predict(
     "The class that a classifier reads in each image."
     if tuple(images.shape[1:]) != classifier.shape:
         raise ValueError(f"the classifier reads images of shape {classifier.shape}, not {tuple(images.shape[1:])}")
-    check_range(images, noisy=True); check_finite(images, "images")
+    check_range(images, noisy=True); check_finite(images, "images"); check_count(batch_size, "batch_size")
     weight = classifier.head.weight
     return torch.cat([classifier(as_float(x, weight.dtype).to(weight.device)).argmax(1).cpu() for x in images.split(batch_size)])
 
 def label_accuracy(
     classifier: Classifier,
     images: Tensor,  # (N,C,H,W) uint8, or floats in [-1, 1], real or generated
-    labels: Tensor,  # (N,) the class that each has, or that was asked for
-) -> float:  # share in [0, 1]; ValueError for no images, or not a label for each
+    labels: Tensor,  # (N,) whole numbers: the class that each has, or that was asked for
+) -> float:  # share in [0, 1]; ValueError for no images, or not a class of the classifier's for each
     "Share of the images in which the classifier reads the label."
-    labels = torch.as_tensor(labels).cpu()
     if not len(images): raise ValueError("there are no images to read: pass at least one")
-    if labels.shape != (len(images),): raise ValueError(f"labels of shape {tuple(labels.shape)} for {len(images)} images: pass one number for each, ({len(images)},)")
+    labels = check_labels(torch.as_tensor(labels).cpu(), len(images), classifier.num_classes)
     return (predict(classifier, images) == labels).float().mean().item()
 
 # %% ../nbs/08b_judge.ipynb #da348efe

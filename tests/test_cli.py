@@ -1,12 +1,17 @@
 """Every process with every prediction and every sampler through the command line: it works, or a sentence says why not and what to take."""
 import json
+import warnings
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
 from common import QUICK, tiny_diffusion, tiny_dls
+from PIL import Image
 
 import ddpm_course.data
+import ddpm_course.evaluation
+from ddpm_course import cli
 from ddpm_course.cli import main
 from ddpm_course.denoiser import PARAMS
 from ddpm_course.model import PROCESSES, SAMPLERS, make_process
@@ -122,3 +127,152 @@ def test_trained_for_real_resumed_and_told(process, monkeypatch, tmp_path):
     assert "describes another model" in run(*args, "--resume", "--predict", "x0", code=1)
     described = run("info", tmp_path / "r")
     assert json.loads(described[: described.rindex("\n}") + 2])["model"]["param"]["name"] == UNLESS_TOLD[process]
+
+
+# ---- folders
+def pictures(folder, n=120, mode="RGB", classes=("",), size=8):
+    "Random pixels; mode 'grey' is grey, stored as colour."
+    g = torch.Generator().manual_seed(0)
+    for i in range(n):
+        at = folder / classes[i % len(classes)]
+        at.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (size, size, 3), generator=g, dtype=torch.uint8)
+        im = Image.fromarray(pixels.numpy())
+        (im.convert("L").convert("RGB") if mode == "grey" else im.convert(mode)).save(at / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("data, args", [(".", []), ("{}", ["--run", "{}"]), ("../flat", ["--run", "a/b"]), ("{}", ["--run", "../link/r"])])
+def test_a_run_does_not_go_into_its_own_data(data, args, monkeypatch, tmp_path):
+    flat = pictures(tmp_path / "flat", 3)
+    (tmp_path / "link").symlink_to(flat)
+    monkeypatch.chdir(flat)
+    monkeypatch.setattr(ddpm_course.data, "get_dls", lambda *a, **kw: pytest.fail("data was read"))
+    said = run("train", "--data", *(str(a).format(flat) for a in [data, *args]), code=1)
+    assert "lies in the data folder" in said and "give a --run outside of it" in said and said.count("\n") == 1
+    assert sorted(p.name for p in flat.rglob("*")) == ["0.png", "1.png", "2.png"]
+
+
+def test_a_run_beside_its_data_or_around_it_is_fine(one_step, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "flat", 3)
+    for place in ("flat2", "."): run("train", "--data", "flat", "--run", place, "--device", "cpu")
+    run("train", "--data", "digits", "--run", "digits/r", "--device", "cpu")
+    assert len(one_step) == 3
+
+
+@pytest.mark.parametrize("command", ["sample --run no", "evaluate no --against digits", "train --run no"])
+def test_numbers_that_no_generator_and_no_guidance_takes(command):
+    for seed in (99999999999999999999999, -1, 2**32): assert f"'--seed': {seed} is not in the range" in run(*command.split(), "--seed", seed, code=2)
+    if "train" in command: return
+    for g in ("nan", "inf", "-inf"): assert f"'--guidance': take a finite number, such as 2, not {g}" in run(*command.split(), "--guidance", g, code=2)
+    assert "no" in run(*command.split(), "--guidance", -1, "--seed", 2**32 - 1, code=1)  # as far as the run that is not there
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--minutes"])
+@pytest.mark.parametrize("length", ["inf", "nan", "-1"])
+def test_lengths_that_do_not_end_or_begin(option, length, monkeypatch, tmp_path):
+    monkeypatch.setattr(ddpm_course.data, "get_dls", lambda *a, **kw: tiny_dls(size=16))
+    errors = [line for line in run("train", option, length, "--device", "cpu", "--run", tmp_path / "r", code=1).splitlines() if line.startswith("Error")]
+    assert len(errors) == 1 and option[2:] in errors[0] and length in errors[0] and not (tmp_path / "r").exists()
+
+
+LABELS = [
+    (("1", "2", "3"), {"1": 0, "3": 2}, ["0", "c1"], True),
+    (("10", "cat", "dog"), {"10": 0, "dog": 2}, ["0", "1", "2"], True),
+    (("ant", "cat", "dog"), {"1": 1, "cat": 1}, ["3"], False),
+    (("0", "1", "2"), {"1": 1}, ["3"], False),
+]
+
+
+@pytest.mark.parametrize("classes, known, unknown, told", LABELS)
+def test_a_label_means_one_class(classes, known, unknown, told, monkeypatch, tmp_path):
+    drawn = []
+    tiny_diffusion(classes=classes).fit(tiny_dls(), epochs=1, run=tmp_path / "r", loggers=[], progress=False, **QUICK)
+    monkeypatch.setattr(Diffusion, "sample", lambda self, labels, **kw: drawn.append(labels) or torch.zeros(len(labels), *self.shape))
+    for name, k in known.items():
+        run("sample", "--run", tmp_path / "r", "--label", name, "--n", 1, "--device", "cpu")
+        assert drawn.pop() == [k]
+    for name in unknown:
+        said = run("sample", "--run", tmp_path / "r", "--label", name, "--device", "cpu", code=1)
+        assert f"{name!r}: choose one of" in said and ("by name only, as a name is a number itself" in said) == told
+    assert "by name only" in " ".join(run("sample", "--help").split())
+
+
+OUT = {"two.py/x.png": "two.py is a file, not a folder", "two.py/a/x.png": "two.py is a file, not a folder", "some.png": "is a folder: name one in it, such as",
+       "/proc/x.png": "name a file in another folder", "x" * 300 + "/x.png": "too long): name a file"}
+
+
+@pytest.mark.parametrize("command", ["sample --run", "evaluate --against digits"])
+@pytest.mark.parametrize("out", OUT)
+def test_where_nothing_can_be_written_is_said_before_the_work(command, out, runs, monkeypatch, tmp_path):
+    (tmp_path / "two.py").write_text("")
+    (tmp_path / "some.png").mkdir()
+    monkeypatch.setattr(Diffusion, "sample", lambda *a, **kw: pytest.fail("drawn for nothing"))
+    said = run(*command.split(), runs / "ddpm", "--out", tmp_path / out, "--device", "cpu", code=1)
+    assert said.startswith("Error: --out") and OUT[out] in said and "Errno" not in said and said.count("\n") == 1
+
+
+# ---- what evaluate and train say
+def compare(*args, out, features="pixels"):
+    return run("evaluate", *args, "--img-size", 8, "--features", features, "--steps", 2, "--device", "cpu", "--out", out / "e.json")
+
+
+def test_colour_is_not_dropped_in_silence(runs, tmp_path):
+    colour, stored, grey = (pictures(tmp_path / m, mode=m) for m in ("RGB", "grey", "L"))
+    assert f"warning: {colour} is in colour, and L is grey: the colour is dropped" in compare(colour, "--against", grey, out=tmp_path)
+    assert "warning: RGB is in colour, and the model is grey: the colour is dropped" in compare(runs / "ddpm", "--against", colour, "--n", 6, out=tmp_path)
+    said = compare(stored, "--against", grey, out=tmp_path) + compare(grey, "--against", colour, out=tmp_path) + compare(runs / "ddpm", "--against", stored, "--n", 6, out=tmp_path)
+    assert "the colour is dropped" not in said
+    assert json.loads((tmp_path / "e.json").read_text())["numbers"]["n"] == 6
+
+
+def test_a_floor_of_images_that_the_classifier_may_have_seen_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "_judge", lambda *a: ddpm_course.evaluation.Classifier((1, 8, 8), 3).eval())
+    data = pictures(tmp_path / "data", mode="L", classes="abc")
+    k = len(ddpm_course.data.get_dls(data, img_size=8).valid.labels)
+    def said(n, features): return compare(data, "--against", data, "--n", n, out=tmp_path, features=features)
+    told = f"warning: the real column is of the training split, which the classifier may have seen, as the validation split holds only {k} images"
+    assert told in said(k + 1, "classifier")
+    for n, features in ((k, "classifier"), (k + 1, "pixels")): assert "training split" not in said(n, features)
+
+
+def test_a_size_is_named_only_where_it_helps(capsys, monkeypatch):
+    monkeypatch.setattr(ddpm_course.evaluation, "classifier_for", lambda dls, device: "a judge")
+    for channels, folder, told in ((1, True, True), (1, False, False), (3, True, False)):
+        assert cli._judge(ddpm_course.data.get_dls("digits", img_size=8, channels=channels), "cpu", folder) == "a judge"
+        said = capsys.readouterr().err
+        assert f"no classifier ships for digits of {channels}x8x8" in said and ("--img-size 16" in said) == told
+
+
+def test_no_judge_is_trained_that_nobody_asks(monkeypatch, tmp_path):
+    tiny_diffusion(num_classes=0).fit(tiny_dls(num_classes=0), epochs=1, run=tmp_path / "r", loggers=[], progress=False, **QUICK)
+    data, plain = pictures(tmp_path / "data", classes="abc", mode="L"), pictures(tmp_path / "plain", mode="L")
+    asked, judge = [], ddpm_course.evaluation.Classifier((1, 8, 8), 3).eval()
+    monkeypatch.setattr(cli, "_judge", lambda *a: asked.append(a) or judge)
+    for what in (plain, tmp_path / "r"): assert "label_accuracy" not in compare(what, "--against", data, "--n", 10, out=tmp_path) and not asked
+    assert "label_accuracy" in compare(data, "--against", data, "--n", 10, out=tmp_path) and asked
+    compare(plain, "--against", data, "--n", 10, out=tmp_path, features="classifier")
+    assert len(asked) == 2, "its features are the eyes"
+
+
+def test_a_warning_is_one_line_and_comes_once(tmp_path):
+    data = pictures(tmp_path / "data", mode="L")
+    (data / "0.png").write_bytes(b"no picture")
+    said = compare(data, "--against", data, "--n", 10, out=tmp_path)
+    assert said.count("skipped 1 of 120 images") == said.count("warning: skipped 1 of 120 images") == 1 and "UserWarning" not in said and "warn(" not in said
+    def twice():
+        warnings.warn("look out", stacklevel=1)
+        warnings.warn("look out", stacklevel=1)  # another line: Python would show it again
+    shown = warnings.showwarning
+    assert CliRunner().invoke(cli.Sentences(commands=dict(twice=click.Command("twice", callback=twice))), ["twice"]).output == "warning: look out\n"
+    assert warnings.showwarning is shown
+
+
+def test_how_many_images_are_trained_on_and_when_a_run_is_new(one_step, tmp_path):
+    said = run("train", "--resume", "--device", "cpu", "--run", tmp_path / "r")
+    assert "tiny: 64 training images, 24 to validate, 24 to test, 1x16x16, 3 classes" in said and "r holds no run to go on with: a new one begins" in said
+    (tmp_path / "r/checkpoints/step-000000004").mkdir(parents=True)
+    for args in (["--run", tmp_path / "r", "--resume"], ["--run", tmp_path / "s"]): assert "a new one begins" not in run("train", "--device", "cpu", *args)
+    said = " ".join(run("train", "--help").split())
+    assert "with the --minutes, --epochs and --lr it started with; a new run where there is none" in said

@@ -139,9 +139,17 @@ BAD_FEATURES = dict(
     nan_generated=(lambda: ev.memorisation(nans(normal(20)), normal(20), normal(20)), "3 of 20 members of a set hold NaN"),
     nan_heldout=(lambda: ev.memorisation(normal(20), normal(20), nans(normal(20))), "3 of 20 members of a set hold NaN"),
     nan_read=(lambda: ev.predict(ev.Classifier((1, 8, 8), 3).eval(), torch.full((4, 1, 8, 8), torch.nan)), "4 of 4 images hold NaN"),
-    column_of_labels=(lambda: ev.label_accuracy(ev.Classifier((1, 8, 8), 3).eval(), pixels(4), torch.zeros(4, 1)), "shape (4, 1) for 4 images"),
+    column_of_labels=(lambda: ev.label_accuracy(ev.Classifier((1, 8, 8), 3).eval(), pixels(4), torch.zeros(4, 1)), "4 images need 4 labels in one dimension, not (4, 1)"),
+    labels_between=(lambda: ev.label_accuracy(ev.Classifier((1, 8, 8), 3), pixels(2), [1.5, 2.5]), "labels are whole numbers"),
+    labels_beyond=(lambda: ev.label_accuracy(ev.Classifier((1, 8, 8), 3), pixels(2), [0, 77]), "3 classes go from 0 to 2", "77"),
+    labels_below=(lambda: ev.label_accuracy(ev.Classifier((1, 8, 8), 3), pixels(2), [0, -1]), "labels start at 0"),
+    labels_report=(lambda: rp.report(pixels(9), torch.full((9,), 3), pixels(9), ev.Classifier((1, 8, 8), 3), features=ev.pixel_features), "3 classes go from 0 to 2"),
     nothing_read=(lambda: ev.label_accuracy(ev.Classifier((1, 8, 8), 3), pixels(0), []), "no images to read"),
     one_image_loss=(lambda: ev.loss_per_level(tiny_diffusion().model, pixels(1)), "at least 2 images, not 1"),
+    no_chunk=(lambda: ev.nearest_neighbours(pixels(5), pixels(5), chunk=0), "chunk is a whole number of at least 1, not 0"),
+    no_batch_loss=(lambda: ev.loss_per_level(tiny_diffusion().model, pixels(4), batch_size=0), "batch_size is a whole number of at least 1, not 0"),
+    no_batch_read=(lambda: ev.predict(ev.Classifier((1, 8, 8), 3), pixels(4), batch_size=0), "batch_size is a whole number"),
+    no_batch=(lambda: ev.extract(flat, pixels(4), batch_size=0), "batch_size is a whole number"),
     labels_loss=(lambda: ev.loss_per_level(tiny_diffusion().model, pixels(4), [0, 1]), "2 labels for 4 images"),
     time_0=(lambda: ev.loss_per_level(tiny_diffusion().model, pixels(4), ts=[0, 50]), "above 0 and up to 100", "0 to 50"),
     time_101=(lambda: ev.loss_per_level(tiny_diffusion().model, pixels(4), ts=[101]), "above 0 and up to 100"),
@@ -155,6 +163,17 @@ def test_bad_input_is_one_sentence(what):
     call, *words = BAD_FEATURES[what]
     with pytest.raises(ValueError) as e: call()
     assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), e.value
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("make, words", [(lambda x: x.numpy(), "not ndarray: pass torch.as_tensor"), (lambda x: x.double().numpy(), "not ndarray"), (lambda x: x > 127, "not True and False: pass 2.0")])
+def test_arrays_and_bools_are_one_sentence_wherever_images_are_compared(make, words):
+    net, u8 = ev.Classifier((1, 8, 8), 3).eval(), pixels(100)
+    x = make(u8)
+    for call in (lambda: ev.fid(x, u8, flat), lambda: ev.kid(u8, x, flat), lambda: ev.fid(flat(u8), make(flat(u8))), lambda: ev.extract(flat, x), lambda: ev.predict(net, x),
+                 lambda: ev.label_accuracy(net, x, [0] * 100), lambda: ev.nearest_neighbours(u8, x), lambda: ev.memorisation(x, u8, u8), lambda: ev.loss_per_level(tiny_diffusion().model, x),
+                 lambda: rp.report(x, None, u8, features=flat)):
+        with pytest.raises(TypeError, match=words): call()
 
 
 # ---- Frechet
@@ -560,9 +579,9 @@ def test_report_has_every_number_that_the_functions_give():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert r["fid"] == ev.fid(a, b, net.features)
-    assert (r["kid"], r["kid_error"]) == ev.kid(a, b, net.features, subsets=4)
+    assert (r["kid"], r["kid_error"]) == ev.kid(a, b, net.features)
     p = ev.label_accuracy(net, a, y)
-    assert r["label_accuracy"] == p and r["label_accuracy_error"] == pytest.approx(math.sqrt(p * (1 - p) / 40))
+    assert r["label_accuracy"] == p and r["label_accuracy_error"] == rp.share_error(p, 40)
     m = ev.memorisation(a, b[:30], b[30:])
     assert (r["closer"], r["closer_error"], r["copies"]) == (m["closer"], m["error"], m["copies"])
 
@@ -582,11 +601,25 @@ def test_report_compares_equal_numbers_where_balls_are_counted_and_all_there_are
 
 
 def test_the_table_has_a_column_for_each_and_a_meaning_for_each_row():
-    rows = dict(model=dict(n=10, n_reference=10_000, fid=3.14159, kid=0.1, kid_error=0.02, closer_z=3.21), real=dict(n=10, fid=1.0, label_accuracy=0.5))
+    rows = dict(model=dict(n=10, n_reference=10_000, fid=3.14159, kid=0.1, kid_error=0.02, closer_z=3.21), real=dict(n=10, fid=1.0, label_accuracy=1.0, label_accuracy_error=0.05, label_accuracy_n=9))
     lines = rp.report_table(rows).splitlines()
     assert lines[0].split() == ["model", "real"] and lines[1].split()[:3] == ["images", "10", "10"] and lines[2].split()[:3] == ["reference", "10000", "-"]
-    assert lines[3].split()[:3] == ["label_accuracy", "-", "0.5"] and "3.14" in lines[4] and rp.MEANING["fid"] in lines[4]
+    assert lines[3].split()[:7] == ["label_accuracy", "-", "1", "+-", "0.05", "(of", "9)"] and "3.14" in lines[4] and rp.MEANING["fid"] in lines[4]
     assert "0.1 +- 0.02" in lines[5] and lines[6].split()[:3] == ["closer_z", "3.21", "-"]
+
+
+@pytest.mark.parametrize("n", [20, 45])
+def test_the_error_of_kid_can_be_trusted_with_few_images(n):  # as with many: ten parts of 10 images exceed 3 in about 2% of the pairs
+    z = torch.tensor([(r := rp.report(normal(40, 8, seed=s), None, normal(n, 8, seed=1000 + s), features=flat))["kid"] / r["kid_error"] for s in range(400)]).abs()
+    assert (z > 3).double().mean() < 0.05 and z.max() < 10
+
+
+@pytest.mark.parametrize("n", [9, 50, 1000])
+def test_the_error_of_a_share_is_half_of_wilsons_interval(n):
+    from scipy.stats import binomtest
+    for k in (0, 1, n // 2, n):
+        ci = binomtest(k, n).proportion_ci(math.erf(0.5**0.5), "wilson")  # one standard error
+        assert rp.share_error(k / n, n) == pytest.approx((ci.high - ci.low) / 2, rel=1e-9) and rp.share_error(k / n, n) > 0
 
 
 @pytest.mark.parametrize("n", [6, 11, 19, 25])
@@ -594,7 +627,8 @@ def test_a_report_of_few_images_holds_numbers_only(n):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         r = rp.report(pixels(n), None, pixels(60, seed=1), features=ev.pixel_features, train=pixels(30, seed=2), heldout=pixels(30, seed=3))
-    assert all(math.isfinite(v) for v in r.values()) and r["kid_error"] > 0
+    assert all(math.isfinite(v) for v in r.values()) and ("kid_error" in r) == (n >= 20)
+    assert r["kid"] == ev.kid(pixels(n), pixels(60, seed=1), ev.pixel_features, subsets=10 if n >= 20 else 1)[0]  # of all there are
 
 
 def test_real_images_are_drawn_at_random_with_their_labels():
@@ -660,7 +694,8 @@ def test_evaluate_a_run(run, shipping, tmp_path):
     assert y.bincount(minlength=10).unique().numel() > 1  # a random draw: not six of each
     images = Diffusion.load(run, "cpu").sample(y, cfg_scale=2.0, n_steps=2, seed=3)
     judge = ev.shipped_classifier("classifier-digits", device="cpu")
-    assert numbers["label_accuracy"] == ev.label_accuracy(judge, images, y) and real["label_accuracy"] == pytest.approx(ev.test_accuracy(judge, dls))
+    assert numbers["label_accuracy"] == ev.label_accuracy(judge, images, y) and real["label_accuracy"] == pytest.approx(ev.test_accuracy(judge, dls)) and "(of 179)" in said
+    assert real["label_accuracy_n"] == 179 and real["label_accuracy_error"] == rp.share_error(real["label_accuracy"], 179)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert numbers["fid"] == pytest.approx(ev.fid(images, dls.test.images, judge.features), rel=1e-4)
@@ -708,7 +743,7 @@ def test_images_rounded_to_pixels_are_still_identical_and_others_are_not():
 
 def test_a_judge_is_told_of_another_range_but_may_read_noise():
     net = ev.Classifier((1, 8, 8), 3).eval()
-    with pytest.warns(UserWarning, match="from 0 to 1"): ev.label_accuracy(net, pixels(9) / 255, torch.zeros(9))
+    with pytest.warns(UserWarning, match="from 0 to 1"): ev.label_accuracy(net, pixels(9) / 255, [0] * 9)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ev.predict(net, 3 * torch.randn(9, 1, 8, 8))
@@ -731,8 +766,8 @@ def test_too_few_images_are_told_before_a_judge_is_trained(tmp_path, monkeypatch
 def test_evaluate_a_folder_of_another_size_without_classes(shipping, tmp_path):
     stored = pixels(12, size=8)
     said = evaluate(pictures(tmp_path / "small", stored), "--against", "digits", "--img-size", 16, "--features", "pixels", "--n", 10, "--out", tmp_path / "new" / "e.json")
-    numbers = plain_json(tmp_path, "new", "e.json")["numbers"]  # the folder is made, and ten images have a standard error too
-    assert numbers["n"] == 10 and "label_accuracy" not in numbers and numbers["kid_error"] > 0
+    numbers = plain_json(tmp_path, "new", "e.json")["numbers"]  # the folder is made, and ten images are too few for a standard error
+    assert numbers["n"] == 10 and "label_accuracy" not in numbers and "kid_error" not in numbers
     assert "class folders" not in said
 
 
@@ -756,7 +791,7 @@ def test_a_model_with_other_classes_than_the_data_is_asked_for_its_own():
 def test_what_has_no_judge_is_said(shipping, tmp_path, monkeypatch):
     monkeypatch.setattr(ev, "classifier_for", lambda dls, **kw: ev.Classifier(dls.shape, 10).eval())
     folder = pictures(tmp_path / "f", pixels(12, size=8))
-    said = evaluate(folder, "--against", "digits", "--img-size", 8, "--features", "pixels", "--out", tmp_path / "e.json")
+    said = evaluate(folder, "--against", "digits", "--img-size", 8, "--out", tmp_path / "e.json")
     assert "no classifier ships for digits of 1x8x8 (one ships for 1x16x16: --img-size 16)" in said
     assert "no classifier ships" not in evaluate(folder, "--against", "digits", "--img-size", 16, "--features", "pixels", "--out", tmp_path / "e.json")
 
