@@ -163,10 +163,10 @@ def _folder(path, dls, against):  # images (N,C,H,W) uint8, labels or None
         coloured.append(_colour(u8))
         return fit_image(set_channels(u8, dls.shape[0]), dls.shape[1:], "pad", 0 if ink else None, 1.25 if ink else 1.0)
     parts, classes, _ = load_parts(Path(path), frame)
-    if dls.shape[0] == 1 and any(coloured): click.echo(f"warning: {path} is in colour, and {dls.name} is grey: the colour is dropped", err=True)
+    if dls.shape[0] == 1 and any(coloured): warnings.warn(f"{path} is in colour, and {dls.name} is grey: the colour is dropped")
     images, labels = (torch.cat([getattr(p, k) for p in parts.values()]) for k in ("images", "labels"))
     if classes and dls.classes and not set(classes) <= set(dls.classes):
-        click.echo(f"warning: no label accuracy: the class folders are {', '.join(classes[:12])}, and the classes of {dls.name} are {', '.join(dls.classes[:12])}", err=True)
+        warnings.warn(f"no label accuracy: the class folders are {', '.join(classes[:12])}, and the classes of {dls.name} are {', '.join(dls.classes[:12])}")
     if not classes or not set(classes) <= set(dls.classes): return images, None
     return images, torch.tensor([dls.classes.index(c) for c in classes])[labels]
 
@@ -185,7 +185,7 @@ def _reference(against, channels, **kw):  # the data to compare with, and which 
     if channels not in (None, dls.shape[0]):
         found, dls = dls, get_dls(against, channels=channels, **kw)
         if channels == 1 and any(_colour(b.images) for b in (found.train, found.valid, found.test)):
-            click.echo(f"warning: {dls.name} is in colour, and the model is grey: the colour is dropped", err=True)
+            warnings.warn(f"{dls.name} is in colour, and the model is grey: the colour is dropped")
     few, total = len(dls.test.labels), sum(len(b.labels) for b in (dls.train, dls.valid, dls.test))
     if few < 6: raise ValueError(f"{dls.name} holds {total} images, and only {few} in its test split: comparing takes 6 there, about 60 in all")
     return dls, f"reference: the test split of {dls.name}, {few:,} of its {total:,} images"
@@ -256,7 +256,7 @@ def evaluate(what, against, root, img_size, n, steps, guidance, features, seed, 
         real = real_report(dls, len(images), **options)
     click.echo(report_table({Path(what).name if diff is None or is_run else what: numbers, f"real {dls.name}": real}))
     click.echo(reference)
-    for message in [*dict.fromkeys(str(w.message) for w in caught), *_cautions(numbers, real, dls, features)]: click.echo(f"warning: {message}", err=True)
+    for message in [*(str(w.message) for w in caught), *_cautions(numbers, real, dls, features)]: warnings.warn(message)
     made = dict(steps=steps, guidance=guidance if diff.num_classes else 1.0) if diff else {}
     write_json(out, dict(what=str(what), against=str(against), features=features, seed=seed, **made, numbers=numbers, real=real))
     click.echo(f"{out}")

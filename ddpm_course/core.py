@@ -199,8 +199,7 @@ def show_images(
         above = [textwrap.fill(name, max(int(14 * scale), 5), break_long_words=False) for name in texts["columns"]]  # as wide as an image
         if ax is None:
             left, top = 0.08 * max(map(len, texts["rows"]), default=0), 0.15 * max((name.count("\n") + 2 for name in above), default=0)
-            named = texts["rows"] or above
-            ax = plt.subplots(figsize=(cols * scale + left, counts["rows"] * scale + top), layout="constrained" if named else None)[1]
+            ax = plt.subplots(figsize=(cols * scale + left, counts["rows"] * scale + top), layout="constrained" if left or top else None)[1]
         ax.imshow(picture)
         ax.set_frame_on(False); ax.xaxis.tick_top(); ax.tick_params(length=0, labelsize=8)
         ax.set_yticks([(tall + 1) * (i + 0.5) for i in range(len(texts["rows"]))], texts["rows"])

@@ -63,7 +63,7 @@ def blobs(n):
 
 @exercise("00.3", "Your own data", "code", blobs, "No answer yet: a function of n that returns a float tensor (n, 2).",
           [(lambda n: blobs(n).numpy(), "torch tensor"), (lambda n: blobs(n).T, "shape should be"), (lambda n: blobs(n).double(), "float32"), (lambda n: blobs(n) / 0, "infinite"),
-           (lambda n: blobs(n) + 3, "to the middle"), (lambda n: 9 * blobs(n), "scale it"), (lambda n: torch.tensor([[1.5, 0], [-1.5, 0]]).repeat(n // 2, 1), "make it random")])
+           (lambda n: blobs(n) + 3, "to the middle"), (lambda n: 9 * blobs(n), "scale it"), (lambda n: 9 * blobs(n) + 1, "scale it"), (lambda n: torch.tensor([[1.5, 0], [-1.5, 0]]).repeat(n // 2, 1), "make it random")])
 def _(f):
     x = f(1000)
     if not torch.is_tensor(x): return f"Return a torch tensor, not {type(x).__name__}."
