@@ -1,4 +1,6 @@
-"""Packaging of an nbdev 2 project: all values come from settings.ini. No pkg_resources (gone in setuptools 82)."""
+"""Packaging of an nbdev 2 project: all values come from settings.ini. No pkg_resources (gone in
+setuptools 82)."""
+
 import re
 from configparser import ConfigParser
 from pathlib import Path
@@ -10,7 +12,15 @@ parser = ConfigParser(delimiters=["="])
 parser.read(HERE / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 pkg, url, branch = cfg["lib_path"], cfg["git_url"], cfg["branch"]
-STATUSES = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable", "6 - Mature", "7 - Inactive"]
+STATUSES = [
+    "1 - Planning",
+    "2 - Pre-Alpha",
+    "3 - Alpha",
+    "4 - Beta",
+    "5 - Production/Stable",
+    "6 - Mature",
+    "7 - Inactive",
+]
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
 
@@ -24,7 +34,11 @@ def long_description() -> str:
         picture = m[2].lower().endswith((".png", ".gif", ".jpg", ".svg"))
         return m[1] + (f"{raw}/{branch}/" if picture else f"{url}/blob/{branch}/") + m[2]
 
-    return re.sub(r"(\]\(|\bsrc=\"|\bsrcset=\"|\bhref=\")(?!https?:|mailto:|#)(?:\./)?([^)\s\"]+)", absolute, text)
+    return re.sub(
+        r"(\]\(|\bsrc=\"|\bsrcset=\"|\bhref=\")(?!https?:|mailto:|#)(?:\./)?([^)\s\"]+)",
+        absolute,
+        text,
+    )
 
 
 setup(
@@ -36,8 +50,13 @@ setup(
     author=cfg["author"],
     author_email=cfg["author_email"] or None,
     url=url,
-    project_urls={"Source": url, "Changelog": f"{url}/blob/{branch}/CHANGELOG.md", "Issues": f"{url}/issues"},
-    license_expression={"apache2": "Apache-2.0", "mit": "MIT"}[cfg["license"]],  # SPDX; no "License ::" classifier (PEP 639)
+    project_urls={
+        "Source": url,
+        "Changelog": f"{url}/blob/{branch}/CHANGELOG.md",
+        "Issues": f"{url}/issues",
+    },
+    # SPDX; no "License ::" classifier (PEP 639)
+    license_expression={"apache2": "Apache-2.0", "mit": "MIT"}[cfg["license"]],
     license_files=["LICENSE", "LICENSE-docs"],
     keywords=cfg["keywords"].split(),
     classifiers=[
@@ -46,15 +65,23 @@ setup(
         "Natural Language :: " + cfg["language"].title(),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
-        *("Programming Language :: Python :: " + v for v in PYTHONS[PYTHONS.index(cfg["min_python"]):]),
+        *(
+            "Programming Language :: Python :: " + v
+            for v in PYTHONS[PYTHONS.index(cfg["min_python"]) :]
+        ),
     ],
     # namespace: data folders need no __init__.py
-    packages=find_namespace_packages(include=[pkg, pkg + ".*"], exclude=["*.__pycache__", "*.__pycache__.*"]),
+    packages=find_namespace_packages(
+        include=[pkg, pkg + ".*"], exclude=["*.__pycache__", "*.__pycache__.*"]
+    ),
     package_data={"": cfg.get("package_data", "").split()},
     include_package_data=True,
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg.get("requirements", "").split(),
     extras_require={name: cfg.get(f"{name}_requirements", "").split() for name in ("dev", "bench")},
-    entry_points={"console_scripts": cfg.get("console_scripts", "").split(), "nbdev": [f"{pkg}={pkg}._modidx:d"]},
+    entry_points={
+        "console_scripts": cfg.get("console_scripts", "").split(),
+        "nbdev": [f"{pkg}={pkg}._modidx:d"],
+    },
     zip_safe=False,
 )

@@ -1,4 +1,6 @@
-"""The code base that the course grew out of: its network and its training step, mistakes included, as the thing to compare with."""
+"""The code base that the course grew out of: its network and its training step, mistakes included,
+as the thing to compare with."""
+
 import copy
 import random
 
@@ -10,11 +12,20 @@ from ddpm_course.unet import SelfAttention, UNet_conditional
 
 
 class SourceAttention(nn.Module):
-    "As the source has it: nn.MultiheadAttention with its default, which returns (and so computes) the attention weights."
+    """As the source has it: nn.MultiheadAttention with its default, which returns (and so computes)
+    the attention weights."""
+
     def __init__(self, channels, heads=4):
         super().__init__()
-        self.mha, self.norm = nn.MultiheadAttention(channels, heads, batch_first=True), nn.LayerNorm(channels)
-        self.mlp = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, channels), nn.GELU(), nn.Linear(channels, channels))
+        self.mha, self.norm = nn.MultiheadAttention(
+            channels, heads, batch_first=True
+        ), nn.LayerNorm(channels)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(channels),
+            nn.Linear(channels, channels),
+            nn.GELU(),
+            nn.Linear(channels, channels),
+        )
 
     def forward(self, x):
         tokens = x.flatten(2).transpose(1, 2)
@@ -26,16 +37,23 @@ class SourceAttention(nn.Module):
 def source_net(channels: int, num_classes: int) -> nn.Module:
     net = UNet_conditional(channels, channels, num_classes=num_classes)
     for modules in (net.downs_sa, net.ups_sa):
-        for i, m in enumerate(modules): modules[i] = SourceAttention(m.out.in_features)
+        for i, m in enumerate(modules):
+            modules[i] = SourceAttention(m.out.in_features)
     assert not any(isinstance(m, SelfAttention) for m in net.modules())
     return net
 
 
 class SourceTrainer:
     """float32 (its mixed precision was never on), labels dropped for a whole batch at once, AdamW and EMA parameter by parameter,
-    a one-cycle learning rate, EMA that only copies for 2,000 steps, the loss read after every step."""
+    a one-cycle learning rate, EMA that only copies for 2,000 steps, the loss read after every step.
+    """
+
     def __init__(self, shape, num_classes, device, lr=3e-4, steps=10_000):
-        self.net, self.process, self.device = source_net(shape[0], num_classes).to(device), DDPM().to(device), device
+        self.net, self.process, self.device = (
+            source_net(shape[0], num_classes).to(device),
+            DDPM().to(device),
+            device,
+        )
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
         self.opt = torch.optim.AdamW(self.net.parameters(), lr=lr, foreach=False)
         self.sched = torch.optim.lr_scheduler.OneCycleLR(self.opt, lr, total_steps=steps + 1)
@@ -44,10 +62,20 @@ class SourceTrainer:
     def step(self, x, y) -> float:
         t = self.process.sample_t(len(x), self.device)
         eps = torch.randn_like(x)
-        loss = (self.net(self.process.add_noise(x, t, eps), t, None if random.random() < 0.1 else y) - eps).pow(2).mean()
-        self.opt.zero_grad(); loss.backward(); self.opt.step()
+        loss = (
+            (
+                self.net(self.process.add_noise(x, t, eps), t, None if random.random() < 0.1 else y)
+                - eps
+            )
+            .pow(2)
+            .mean()
+        )
+        self.opt.zero_grad()
+        loss.backward()
+        self.opt.step()
         self.done += 1
         beta = 0.995 if self.done > 2000 else 0.0
         with torch.no_grad():
-            for old, new in zip(self.ema.parameters(), self.net.parameters()): old.data = old.data * beta + (1 - beta) * new.data
+            for old, new in zip(self.ema.parameters(), self.net.parameters()):
+                old.data = old.data * beta + (1 - beta) * new.data
         return loss.item()

@@ -21,34 +21,55 @@ import torch
 
 # %% ../nbs/93_checkpoint.ipynb #475b7fb0
 class CheckpointError(ValueError):
-    "A checkpoint is missing, damaged, or of another model; the message says which file and what was expected."
+    """A checkpoint is missing, damaged, or of another model; the message says which
+    file and what was expected."""
+
 
 def _sync(path):  # make the disk hold what was written
     fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    except OSError: pass  # folders cannot be synced on Windows
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass  # folders cannot be synced on Windows
+    finally:
+        os.close(fd)
+
 
 def write_atomic(
     path,  # where it goes
     data: bytes,
 ):
-    "Write a file so that a reader sees the old one or the new one, never a part: temporary file, fsync, rename."
+    """Write a file so that a reader sees the old one or the new one, never a part:
+    temporary file, fsync, rename."""
     path = Path(path)
     tmp = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     with open(tmp, "wb") as f:
-        f.write(data); f.flush(); os.fsync(f.fileno())
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(tmp, path)
-    if os.name == "posix": _sync(path.parent)
+    if os.name == "posix":
+        _sync(path.parent)
 
 # %% ../nbs/93_checkpoint.ipynb #5d4ded7a
-def write_json(path, value): write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+def write_json(path, value):
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
-def read_json(path) -> dict:  # CheckpointError if it is missing or does not hold a JSON object
-    try: value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError): raise CheckpointError(f"{path} does not exist: a run folder holds config.json and checkpoints/") from None
-    except (ValueError, OSError) as e: raise CheckpointError(f"{path} is damaged: expected JSON ({e})") from None
-    if not isinstance(value, dict): raise CheckpointError(f"{path} is damaged: expected a JSON object, not {type(value).__name__}")
+
+# CheckpointError if it is missing or does not hold a JSON object
+def read_json(path) -> dict:
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(
+            f"{path} does not exist: a run folder holds config.json and checkpoints/"
+        ) from None
+    except (ValueError, OSError) as e:
+        raise CheckpointError(f"{path} is damaged: expected JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path} is damaged: expected a JSON object, not {type(value).__name__}"
+        )
     return value
 
 # %% ../nbs/93_checkpoint.ipynb #d79843bb
@@ -58,10 +79,13 @@ def checkpoints(
     "The complete checkpoints of a run."
     return sorted(p for p in Path(run, "checkpoints").glob("step-*") if p.is_dir())
 
+
 def _sweep(folder: Path, keep: int):
     "Remove what an interrupted write left, and all but the newest `keep` checkpoints."
-    for old in checkpoints(folder.parent)[:-keep]: os.replace(old, old.with_name(".old-" + old.name))
-    for rest in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]: shutil.rmtree(rest, ignore_errors=True)
+    for old in checkpoints(folder.parent)[:-keep]:
+        os.replace(old, old.with_name(".old-" + old.name))
+    for rest in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:
+        shutil.rmtree(rest, ignore_errors=True)
 
 # %% ../nbs/93_checkpoint.ipynb #20198dea
 def write_checkpoint(
@@ -70,28 +94,47 @@ def write_checkpoint(
     tensors: dict,  # file stem -> state dict of tensors, each written as safetensors
     state: dict,  # everything else: tensors, numbers, strings, lists and dicts of them
     keep: int = 2,  # how many checkpoints stay
-) -> Path:  # the new checkpoint; CheckpointError if it could not be written, and then the old ones are as they were
-    "Write a checkpoint into a temporary folder, then rename it: it is there whole or not at all."
+    # the new checkpoint; CheckpointError if it could not be written, and then the old
+    # ones are as they were
+) -> Path:
+    """Write a checkpoint into a temporary folder, then rename it: it is there whole or
+    not at all."""
     import io
     from safetensors.torch import save
+
     folder = Path(run, "checkpoints")
     tmp, path = folder / f".tmp-{os.getpid()}", folder / f"step-{step:09d}"
-    if path.exists() and not damage(path): return path  # saved already: a checkpoint of a step never changes
-    buffer = io.BytesIO(); torch.save(state, buffer)
-    files = {f"{k}.safetensors": save({n: t.detach().contiguous() for n, t in v.items()}) for k, v in tensors.items()}
+    if path.exists() and not damage(path):
+        return path  # saved already: a checkpoint of a step never changes
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    files = {
+        f"{k}.safetensors": save({n: t.detach().contiguous() for n, t in v.items()})
+        for k, v in tensors.items()
+    }
     files["state.pt"] = buffer.getvalue()
-    manifest = {n: dict(bytes=len(b), sha256=hashlib.sha256(b).hexdigest()) for n, b in files.items()}
+    manifest = {
+        n: dict(bytes=len(b), sha256=hashlib.sha256(b).hexdigest())
+        for n, b in files.items()
+    }
     try:
         _sweep(folder, keep)  # first, so that rests of a crash do not take the space
         tmp.mkdir(parents=True)
-        for name, data in files.items(): write_atomic(tmp / name, data)
+        for name, data in files.items():
+            write_atomic(tmp / name, data)
         write_json(tmp / "manifest.json", manifest)
-        if path.exists(): os.replace(path, path.with_name(".old-" + path.name))  # it is damaged, and the new one is complete
+        if path.exists():
+            # it is damaged, and the new one is complete
+            os.replace(path, path.with_name(".old-" + path.name))
         os.replace(tmp, path)
-        if os.name == "posix": _sync(folder)
+        if os.name == "posix":
+            _sync(folder)
     except OSError as e:
         shutil.rmtree(tmp, ignore_errors=True)
-        raise CheckpointError(f"could not write a checkpoint to {folder} ({e.strerror or e}); the one before it is untouched") from e
+        raise CheckpointError(
+            f"could not write a checkpoint to {folder} ({e.strerror or e}); the one"
+            " before it is untouched"
+        ) from e
     _sweep(folder, keep)
     return path
 
@@ -104,23 +147,44 @@ def verified(
     path = Path(path)
     want = read_json(path / "manifest.json").get(name)
     if not isinstance(want, dict) or not {"bytes", "sha256"} <= want.keys():
-        raise CheckpointError(f"{path / 'manifest.json'} is damaged: expected length and SHA-256 of {name}")
-    try: data = (path / name).read_bytes()
-    except FileNotFoundError: raise CheckpointError(f"{path / name} is missing: the manifest lists it with {want['bytes']} bytes") from None
-    if len(data) != want["bytes"]: raise CheckpointError(f"{path / name} is truncated: {len(data)} bytes, expected {want['bytes']}")
+        raise CheckpointError(
+            f"{path / 'manifest.json'} is damaged: expected length and SHA-256 of"
+            f" {name}"
+        )
+    try:
+        data = (path / name).read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path / name} is missing: the manifest lists it with {want['bytes']}"
+            " bytes"
+        ) from None
+    if len(data) != want["bytes"]:
+        raise CheckpointError(
+            f"{path / name} is truncated: {len(data)} bytes, expected {want['bytes']}"
+        )
     if hashlib.sha256(data).hexdigest() != want["sha256"]:
-        raise CheckpointError(f"{path / name} is damaged: its SHA-256 is not the {want['sha256'][:12]}... that was written")
+        raise CheckpointError(
+            f"{path / name} is damaged: its SHA-256 is not the {want['sha256'][:12]}..."
+            " that was written"
+        )
     return data
+
 
 def read_tensors(path, stem: str) -> dict:
     "State dict of tensors from a checkpoint."
     from safetensors.torch import load
+
     return load(verified(path, f"{stem}.safetensors"))
 
+
 def read_state(path) -> dict:
-    "Optimizer, schedule and random state from a checkpoint; nothing but tensors and plain values is ever unpickled."
+    """Optimizer, schedule and random state from a checkpoint; nothing but tensors and
+    plain values is ever unpickled."""
     import io
-    return torch.load(io.BytesIO(verified(path, "state.pt")), map_location="cpu", weights_only=True)
+
+    return torch.load(
+        io.BytesIO(verified(path, "state.pt")), map_location="cpu", weights_only=True
+    )
 
 # %% ../nbs/93_checkpoint.ipynb #07fcc38b
 def damage(
@@ -129,26 +193,38 @@ def damage(
 ) -> str | None:  # what is wrong with it; None: it is what was written
     "Read a checkpoint through and compare it with its manifest."
     try:
-        for name in names or read_json(Path(path, "manifest.json")) or ["state.pt"]: verified(path, name)
-    except CheckpointError as e: return str(e)
+        for name in names or read_json(Path(path, "manifest.json")) or ["state.pt"]:
+            verified(path, name)
+    except CheckpointError as e:
+        return str(e)
+
 
 def newest(
     run,  # run folder
 ) -> Path:  # its newest checkpoint; CheckpointError if there is none
     "The checkpoint that was written last."
     found = checkpoints(run)
-    if not found: raise CheckpointError(f"{run} holds no checkpoint: expected a folder checkpoints/step-... inside")
+    if not found:
+        raise CheckpointError(
+            f"{run} holds no checkpoint: expected a folder checkpoints/step-... inside"
+        )
     return found[-1]
+
 
 def newest_whole(
     run,  # run folder
     names=None,  # the files that matter; None: all of them
 ) -> Path:  # CheckpointError if there is none, or if all are damaged
-    "The checkpoint to go on from: the newest that is not damaged, with a warning if that is not the newest."
+    """The checkpoint to go on from: the newest that is not damaged, with a warning if
+    that is not the newest."""
     last, wrong = newest(run), {p: damage(p, names) for p in checkpoints(run)}
     whole = [p for p in wrong if wrong[p] is None]
-    if not whole: raise CheckpointError(wrong[last])
-    if whole[-1] != last: print(f"warning: {wrong[last]}; taking the checkpoint before it, {whole[-1].name}")
+    if not whole:
+        raise CheckpointError(wrong[last])
+    if whole[-1] != last:
+        print(
+            f"warning: {wrong[last]}; taking the checkpoint before it, {whole[-1].name}"
+        )
     return whole[-1]
 
 # %% ../nbs/93_checkpoint.ipynb #4deb3690
@@ -157,15 +233,23 @@ def fit_weights(
     have: dict,  # name -> tensor
     source,  # where they come from, for the message
 ):
-    "Load weights that must fit exactly; CheckpointError says what does not, and leaves the module alone."
+    """Load weights that must fit exactly; CheckpointError says what does not, and
+    leaves the module alone."""
     want = module.state_dict()
-    odd = [k for k in [*want, *have] if k not in have or k not in want or have[k].shape != want[k].shape]
+    odd = [
+        k
+        for k in [*want, *have]
+        if k not in have or k not in want or have[k].shape != want[k].shape
+    ]
     if odd:
         k = odd[0]
         shapes = [tuple(d[k].shape) if k in d else "nothing" for d in (have, want)]
-        raise CheckpointError(f"{source} is of another architecture: {len(odd)} tensors differ, "
-                              f"first {k}: {shapes[0]} in the file, {shapes[1]} expected")
+        raise CheckpointError(
+            f"{source} is of another architecture: {len(odd)} tensors differ, "
+            f"first {k}: {shapes[0]} in the file, {shapes[1]} expected"
+        )
     module.load_state_dict(have)
+
 
 def load_weights(
     module: torch.nn.Module,  # takes the weights
@@ -180,25 +264,44 @@ def check_writable(
     run,  # run folder, made if missing
     need: int = 0,  # bytes that a checkpoint takes
 ):
-    "Say before training starts that the run folder cannot be written or is too small; OSError names it."
+    """Say before training starts that the run folder cannot be written or is too small;
+    OSError names it."""
     folder = Path(run, "checkpoints")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "probe", b"x"); (folder / "probe").unlink()
-    except OSError as e: raise OSError(e.errno, f"cannot write to the run folder ({e.strerror})", str(run)) from None
+        write_atomic(folder / "probe", b"x")
+        (folder / "probe").unlink()
+    except OSError as e:
+        raise OSError(
+            e.errno, f"cannot write to the run folder ({e.strerror})", str(run)
+        ) from None
     free = shutil.disk_usage(folder).free
-    if free < 3 * need: raise OSError(28, f"only {free / 2**20:.0f} MiB free, a run needs {3 * need / 2**20:.0f} MiB (two checkpoints and one being written)", str(run))
+    if free < 3 * need:
+        raise OSError(
+            28,
+            f"only {free / 2**20:.0f} MiB free, a run needs {3 * need / 2**20:.0f} MiB"
+            " (two checkpoints and one being written)",
+            str(run),
+        )
 
 # %% ../nbs/93_checkpoint.ipynb #666813da
 @contextlib.contextmanager
 def stop_on_signal():
-    "Turn Ctrl-C and SIGTERM into a flag that is read between two steps; a second Ctrl-C interrupts at once."
+    """Turn Ctrl-C and SIGTERM into a flag that is read between two steps; a second
+    Ctrl-C interrupts at once."""
     asked = threading.Event()
+
     def handler(number, frame):
-        if asked.is_set(): raise KeyboardInterrupt
+        if asked.is_set():
+            raise KeyboardInterrupt
         asked.set()
-    if threading.current_thread() is not threading.main_thread(): yield asked; return  # only there can signals be caught
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return  # only there can signals be caught
     old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: yield asked
+    try:
+        yield asked
     finally:
-        for s, h in old.items(): signal.signal(s, signal.SIG_DFL if h is None else h)
+        for s, h in old.items():
+            signal.signal(s, signal.SIG_DFL if h is None else h)

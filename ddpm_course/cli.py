@@ -16,77 +16,201 @@ from pathlib import Path
 import click
 
 # %% ../nbs/91_cli.ipynb #56b7deab
-CONTEXT = dict(help_option_names=["-h", "--help"], show_default=True, max_content_width=110)
+CONTEXT = dict(
+    help_option_names=["-h", "--help"], show_default=True, max_content_width=110
+)
+
 
 class Sentences(click.Group):
-    "A command group that turns the package's own errors into one sentence and exit code 1, and a warning into a line, shown once."
+    """A command group that turns the package's own errors into one sentence and exit
+    code 1, and a warning into a line, shown once."""
+
     def invoke(self, ctx):
         import torch
         from ddpm_course.core import keep_memory
         from ddpm_course.training import TrainingDiverged
+
         keep_memory()  # this process is ours
         said = set()
+
         def say(message, *_, **__):
-            if str(message) not in said: click.echo(f"warning: {message}", err=True)
+            if str(message) not in said:
+                click.echo(f"warning: {message}", err=True)
             said.add(str(message))
+
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = say
                 return super().invoke(ctx)
-        except (ValueError, OSError, TrainingDiverged) as e: raise click.ClickException(str(e)) from e
-        except (MemoryError, torch.OutOfMemoryError) as e: raise click.ClickException("out of memory: a smaller --batch-size, --img-size or --chunk needs less") from e
+        except (ValueError, OSError, TrainingDiverged) as e:
+            raise click.ClickException(str(e)) from e
+        except (MemoryError, torch.OutOfMemoryError) as e:
+            raise click.ClickException(
+                "out of memory: a smaller --batch-size, --img-size or --chunk needs"
+                " less"
+            ) from e
         except KeyboardInterrupt as e:
             click.echo(f"\n{e}" if str(e) else "\nstopped", err=True)
             sys.exit(130)
 
+
 @click.group(cls=Sentences, context_settings=CONTEXT)
 @click.version_option(package_name="ddpm_course")
-def main(): "Train diffusion models on images and sample from them."
+def main():
+    "Train diffusion models on images and sample from them."
+
 
 def _finite(ctx, param, value):
-    if math.isfinite(value): return value
+    if math.isfinite(value):
+        return value
     raise click.BadParameter(f"take a finite number, such as 2, not {value}")
 
-GUIDANCE = click.option("--guidance", default=2.0, callback=_finite, help="0 ignores the label, 1 follows it, more exaggerates it.")
+
+GUIDANCE = click.option(
+    "--guidance",
+    default=2.0,
+    callback=_finite,
+    help="0 ignores the label, 1 follows it, more exaggerates it.",
+)
 SEED = click.IntRange(0, 2**32 - 1)  # as many as example_generators tells apart
 
-def _out(path, folder, name):  # the file to write: in a folder that is made, and that takes files; said before the work begins
+
+# the file to write: in a folder that is made, and that takes files; said before the
+# work begins
+def _out(path, folder, name):
     path = Path(path or Path(folder, name))
     try:
-        if path.is_dir(): raise ValueError(f"--out is a file to write, and {path} is a folder: name one in it, such as {path / name}")
-        if at := next((p for p in path.parents if p.exists() and not p.is_dir()), None): raise ValueError(f"--out {path} cannot be written: {at} is a file, not a folder")
+        if path.is_dir():
+            raise ValueError(
+                f"--out is a file to write, and {path} is a folder: name one in it,"
+                f" such as {path / name}"
+            )
+        if at := next((p for p in path.parents if p.exists() and not p.is_dir()), None):
+            raise ValueError(
+                f"--out {path} cannot be written: {at} is a file, not a folder"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as e: raise ValueError(f"--out {path} cannot be written ({e.strerror}): name a file in another folder") from e
+    except OSError as e:
+        raise ValueError(
+            f"--out {path} cannot be written ({e.strerror}): name a file in another"
+            " folder"
+        ) from e
     return path
 
 # %% ../nbs/91_cli.ipynb #90151ea9
 def _process(name, schedule):
     from ddpm_course.model import make_process
+
     process = make_process(name)
-    if "schedule" in process.config: return make_process(name, schedule=schedule or "cosine")
-    if schedule: raise ValueError(f"--schedule belongs to ddpm; {name} has a curve of its own: leave --schedule out, or take --process ddpm")
+    if "schedule" in process.config:
+        return make_process(name, schedule=schedule or "cosine")
+    if schedule:
+        raise ValueError(
+            f"--schedule belongs to ddpm; {name} has a curve of its own: leave"
+            " --schedule out, or take --process ddpm"
+        )
     return process
 
+
 @main.command()
-@click.option("--data", default="digits", help="digits, shapes, mnist, fashion_mnist, cifar10, or a folder of images (a subfolder per class, or none).")
-@click.option("--root", type=click.Path(), help="Where named data sets lie or are downloaded to [default: $DDPM_COURSE_DATA, then a cache folder].")
-@click.option("--img-size", default=32, help="Side of the images; others are resized and padded.")
+@click.option(
+    "--data",
+    default="digits",
+    help=(
+        "digits, shapes, mnist, fashion_mnist, cifar10, or a folder of images (a"
+        " subfolder per class, or none)."
+    ),
+)
+@click.option(
+    "--root",
+    type=click.Path(),
+    help=(
+        "Where named data sets lie or are downloaded to [default: $DDPM_COURSE_DATA,"
+        " then a cache folder]."
+    ),
+)
+@click.option(
+    "--img-size", default=32, help="Side of the images; others are resized and padded."
+)
 @click.option("--batch-size", default=32, help="Images per step.")
-@click.option("--run", type=click.Path(), help="Folder for checkpoints, log and pictures [default: runs/DATA].")
+@click.option(
+    "--run",
+    type=click.Path(),
+    help="Folder for checkpoints, log and pictures [default: runs/DATA].",
+)
 @click.option("--minutes", type=float, help="How long to train; or")
-@click.option("--epochs", type=float, help="passes over the data [default: 10 minutes].")
-@click.option("--resume", is_flag=True, help="Go on where the run in that folder stopped, with the --minutes, --epochs and --lr it started with; a new run where there is none.")
-@click.option("--process", default="ddpm", help="The way from data to noise: ddpm, ncsn, vp, sub_vp, ve, edm or flow.")
-@click.option("--schedule", help="Noise schedule of ddpm: linear, cosine or sigmoid [default: cosine].")
-@click.option("--predict", help="What the network predicts: eps, x0, v, score, velocity or edm [default: velocity with flow; edm with ncsn, ve and edm; else x0].")
+@click.option(
+    "--epochs", type=float, help="passes over the data [default: 10 minutes]."
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help=(
+        "Go on where the run in that folder stopped, with the --minutes, --epochs and"
+        " --lr it started with; a new run where there is none."
+    ),
+)
+@click.option(
+    "--process",
+    default="ddpm",
+    help="The way from data to noise: ddpm, ncsn, vp, sub_vp, ve, edm or flow.",
+)
+@click.option(
+    "--schedule",
+    help="Noise schedule of ddpm: linear, cosine or sigmoid [default: cosine].",
+)
+@click.option(
+    "--predict",
+    help=(
+        "What the network predicts: eps, x0, v, score, velocity or edm [default:"
+        " velocity with flow; edm with ncsn, ve and edm; else x0]."
+    ),
+)
 @click.option("--lr", default=2e-3, help="Highest learning rate.")
-@click.option("--network", type=click.Choice(["light", "source"]), default="light", help="The light UNet, or the 15.7 million parameters the course starts from.")
-@click.option("--precision", default="auto", help="float32, bfloat16, float16; auto measures.")
+@click.option(
+    "--network",
+    type=click.Choice(["light", "source"]),
+    default="light",
+    help="The light UNet, or the 15.7 million parameters the course starts from.",
+)
+@click.option(
+    "--precision", default="auto", help="float32, bfloat16, float16; auto measures."
+)
 @click.option("--device", help="cuda, mps or cpu [default: the best there is].")
-@click.option("--seed", default=0, type=SEED, help="Of the weights, the noise and the order of the images.")
-@click.option("--wandb/--no-wandb", default=None, help="Log to Weights & Biases (offline without a login) [default: only when logged in].")
-def train(data, root, img_size, batch_size, run, minutes, epochs, resume, process, schedule, predict, lr, network, precision, device, seed, wandb):
+@click.option(
+    "--seed",
+    default=0,
+    type=SEED,
+    help="Of the weights, the noise and the order of the images.",
+)
+@click.option(
+    "--wandb/--no-wandb",
+    default=None,
+    help=(
+        "Log to Weights & Biases (offline without a login) [default: only when logged"
+        " in]."
+    ),
+)
+def train(
+    data,
+    root,
+    img_size,
+    batch_size,
+    run,
+    minutes,
+    epochs,
+    resume,
+    process,
+    schedule,
+    predict,
+    lr,
+    network,
+    precision,
+    device,
+    seed,
+    wandb,
+):
     "Train a model; Ctrl-C saves, --resume goes on."
     from ddpm_course.checkpoint import checkpoints
     from ddpm_course.core import default_device, save_images
@@ -95,135 +219,360 @@ def train(data, root, img_size, batch_size, run, minutes, epochs, resume, proces
     from ddpm_course.model import check_param
     from ddpm_course.training import Diffusion
     from ddpm_course.unet import UNet_conditional
-    if minutes is None and epochs is None: minutes = 10.0
+
+    if minutes is None and epochs is None:
+        minutes = 10.0
     process = _process(process, schedule)
     predict = check_param(process, predict)
-    run, device = Path(run or Path("runs", Path(data).resolve().name)), default_device(device)
-    if is_path(data) and run.resolve().is_relative_to(Path(data).expanduser().resolve()):
-        raise ValueError(f"the run folder {run} lies in the data folder {data}, and its pictures would be trained on: give a --run outside of it")
+    run, device = Path(run or Path("runs", Path(data).resolve().name)), default_device(
+        device
+    )
+    if is_path(data) and run.resolve().is_relative_to(
+        Path(data).expanduser().resolve()
+    ):
+        raise ValueError(
+            f"the run folder {run} lies in the data folder {data}, and its pictures"
+            " would be trained on: give a --run outside of it"
+        )
     dls = get_dls(data, img_size=img_size, batch_size=batch_size, root=root, seed=seed)
-    net = UNet_conditional(dls.shape[0], dls.shape[0], num_classes=dls.num_classes or None) if network == "source" else None
-    diff = Diffusion(net, process, predict, dls.shape, dls.num_classes, dls.classes, device=device, seed=seed)
-    sizes = "{:,} training images, {:,} to validate, {:,} to test".format(*(len(b.labels) for b in (dls.train, dls.valid, dls.test)))
-    click.echo(f"{dls.name}: {sizes}, {'x'.join(map(str, dls.shape))}, {dls.num_classes} classes | {process.config['name']}, predicts {predict} | "
-               f"{sum(p.numel() for p in diff.model.parameters()):,} parameters | {device}")
-    if resume and not checkpoints(run): click.echo(f"{run} holds no run to go on with: a new one begins")
+    net = (
+        UNet_conditional(
+            dls.shape[0], dls.shape[0], num_classes=dls.num_classes or None
+        )
+        if network == "source"
+        else None
+    )
+    diff = Diffusion(
+        net,
+        process,
+        predict,
+        dls.shape,
+        dls.num_classes,
+        dls.classes,
+        device=device,
+        seed=seed,
+    )
+    sizes = "{:,} training images, {:,} to validate, {:,} to test".format(
+        *(len(b.labels) for b in (dls.train, dls.valid, dls.test))
+    )
+    click.echo(
+        f"{dls.name}: {sizes}, {'x'.join(map(str, dls.shape))}, {dls.num_classes}"
+        f" classes | {process.config['name']}, predicts {predict} |"
+        f" {sum(p.numel() for p in diff.model.parameters()):,} parameters | {device}"
+    )
+    if resume and not checkpoints(run):
+        click.echo(f"{run} holds no run to go on with: a new one begins")
     start = time.perf_counter()
-    diff.fit(dls, epochs, minutes, run=run, resume=resume, wandb=wandb, lr=lr, precision=precision)
+    diff.fit(
+        dls,
+        epochs,
+        minutes,
+        run=run,
+        resume=resume,
+        wandb=wandb,
+        lr=lr,
+        precision=precision,
+    )
     labels = [k for k in range(dls.num_classes) for _ in range(8)] or None
-    path = save_images(diff.sample(labels, n=None if labels else 64, cfg_scale=2.0 if labels else 1.0, n_steps=25, seed=seed), run / "samples.png")
+    path = save_images(
+        diff.sample(
+            labels,
+            n=None if labels else 64,
+            cfg_scale=2.0 if labels else 1.0,
+            n_steps=25,
+            seed=seed,
+        ),
+        run / "samples.png",
+    )
     last = diff.history[-1] if diff.history else dict(loss=float("nan"))
-    click.echo(f"step {diff.step} | loss {last['loss']:.4f} | validation loss {last.get('valid_loss', float('nan')):.4f} | "
-               f"{time.perf_counter() - start:.0f} s | {run} | {path}")
+    click.echo(
+        f"step {diff.step} | loss {last['loss']:.4f} | validation loss"
+        f" {last.get('valid_loss', float('nan')):.4f} |"
+        f" {time.perf_counter() - start:.0f} s | {run} | {path}"
+    )
 
 # %% ../nbs/91_cli.ipynb #6bd96e87
 @main.command()
 @click.option("--run", required=True, type=click.Path(), help="Run folder.")
-@click.option("--label", multiple=True, help="Class to draw, by name or number (by name only, where a name is a number itself); may be given several times [default: every class].")
+@click.option(
+    "--label",
+    multiple=True,
+    help=(
+        "Class to draw, by name or number (by name only, where a name is a number"
+        " itself); may be given several times [default: every class]."
+    ),
+)
 @click.option("--n", default=8, help="Images per label.")
 @click.option("--steps", default=50, help="Denoising steps.")
 @GUIDANCE
-@click.option("--sampler", default="euler", help="euler (DDIM), ancestral (DDPM), heun, langevin, euler_maruyama, predictor_corrector, churn, dpmpp_2m or unipc.")
-@click.option("--out", type=click.Path(), help="PNG to write [default: RUN/samples.png].")
-@click.option("--seed", default=0, type=SEED, help="The same seed gives the same images.")
+@click.option(
+    "--sampler",
+    default="euler",
+    help=(
+        "euler (DDIM), ancestral (DDPM), heun, langevin, euler_maruyama,"
+        " predictor_corrector, churn, dpmpp_2m or unipc."
+    ),
+)
+@click.option(
+    "--out", type=click.Path(), help="PNG to write [default: RUN/samples.png]."
+)
+@click.option(
+    "--seed", default=0, type=SEED, help="The same seed gives the same images."
+)
 @click.option("--device", help="cuda, mps or cpu [default: the best there is].")
-@click.option("--chunk", default=256, help="Images at once; lower it if memory runs out.")
-@click.option("--precision", default="float32", help="Of the network: float32, bfloat16 or float16; the lower ones are faster where the hardware has them.")
-def sample(run, label, n, steps, guidance, sampler, out, seed, device, chunk, precision):
+@click.option(
+    "--chunk", default=256, help="Images at once; lower it if memory runs out."
+)
+@click.option(
+    "--precision",
+    default="float32",
+    help=(
+        "Of the network: float32, bfloat16 or float16; the lower ones are faster where"
+        " the hardware has them."
+    ),
+)
+def sample(
+    run, label, n, steps, guidance, sampler, out, seed, device, chunk, precision
+):
     "Draw images from a trained model into a PNG, a row per label."
     from ddpm_course.core import choose, save_images
     from ddpm_course.model import check_step, make_process
     from ddpm_course.training import Diffusion
-    if n < 1: raise ValueError(f"--n is a number of images, at least 1, not {n}")
+
+    if n < 1:
+        raise ValueError(f"--n is a number of images, at least 1, not {n}")
     diff = Diffusion.load(run, device)
     step = check_step(make_process(**diff.process.config), sampler)
-    names, numbers = {c: k for k, c in enumerate(diff.classes)}, {str(k): k for k in range(diff.num_classes)}
-    if not any(c.isdecimal() for c in names): names = numbers | names
-    kind = "label" if numbers.keys() <= names.keys() else "label (by name only, as a name is a number itself)"
-    if label and not diff.num_classes: raise ValueError(f"{run} was trained without labels: leave --label out")
-    if out and Path(out).suffix.lower() not in (".png", ".jpg", ".webp"): raise ValueError(f"--out is a picture: {out} ends neither in .png nor in .jpg or .webp")
+    names, numbers = {c: k for k, c in enumerate(diff.classes)}, {
+        str(k): k for k in range(diff.num_classes)
+    }
+    if not any(c.isdecimal() for c in names):
+        names = numbers | names
+    kind = (
+        "label"
+        if numbers.keys() <= names.keys()
+        else "label (by name only, as a name is a number itself)"
+    )
+    if label and not diff.num_classes:
+        raise ValueError(f"{run} was trained without labels: leave --label out")
+    if out and Path(out).suffix.lower() not in (".png", ".jpg", ".webp"):
+        raise ValueError(
+            f"--out is a picture: {out} ends neither in .png nor in .jpg or .webp"
+        )
     out = _out(out, run, "samples.png")
     wanted = [choose(l, names, kind) for l in label] or list(range(diff.num_classes))
     start = time.perf_counter()
-    images = diff.sample([k for k in wanted for _ in range(n)] or None, n=None if wanted else n, cfg_scale=guidance if wanted else 1.0,
-                         n_steps=steps, step=step, seed=seed, chunk=chunk, precision=precision)
+    images = diff.sample(
+        [k for k in wanted for _ in range(n)] or None,
+        n=None if wanted else n,
+        cfg_scale=guidance if wanted else 1.0,
+        n_steps=steps,
+        step=step,
+        seed=seed,
+        chunk=chunk,
+        precision=precision,
+    )
     path = save_images(images, out, cols=min(n, 16) if not wanted else n)
     click.echo(f"{len(images)} images, {time.perf_counter() - start:.1f} s: {path}")
 
 # %% ../nbs/91_cli.ipynb #68a9ff7c
-def _colour(u8): return u8.shape[1] == 3 and bool((u8 != u8[:, :1]).any())  # not only grey, stored as colour
+def _colour(u8):
+    # not only grey, stored as colour
+    return u8.shape[1] == 3 and bool((u8 != u8[:, :1]).any())
+
 
 def _folder(path, dls, against):  # images (N,C,H,W) uint8, labels or None
     import torch
     from ddpm_course.data import fit_image
     from ddpm_course.files import is_path, load_parts, set_channels
-    ink = not is_path(against) and against in ("digits", "mnist", "fashion_mnist")  # padded with black, and not enlarged, as in get_dls
+
+    # padded with black, and not enlarged, as in get_dls
+    ink = not is_path(against) and against in ("digits", "mnist", "fashion_mnist")
     coloured = []
+
     def frame(u8):
         coloured.append(_colour(u8))
-        return fit_image(set_channels(u8, dls.shape[0]), dls.shape[1:], "pad", 0 if ink else None, 1.25 if ink else 1.0)
+        return fit_image(
+            set_channels(u8, dls.shape[0]),
+            dls.shape[1:],
+            "pad",
+            0 if ink else None,
+            1.25 if ink else 1.0,
+        )
+
     parts, classes, _ = load_parts(Path(path), frame)
-    if dls.shape[0] == 1 and any(coloured): warnings.warn(f"{path} is in colour, and {dls.name} is grey: the colour is dropped")
-    images, labels = (torch.cat([getattr(p, k) for p in parts.values()]) for k in ("images", "labels"))
+    if dls.shape[0] == 1 and any(coloured):
+        warnings.warn(
+            f"{path} is in colour, and {dls.name} is grey: the colour is dropped"
+        )
+    images, labels = (
+        torch.cat([getattr(p, k) for p in parts.values()]) for k in ("images", "labels")
+    )
     if classes and dls.classes and not set(classes) <= set(dls.classes):
-        warnings.warn(f"no label accuracy: the class folders are {', '.join(classes[:12])}, and the classes of {dls.name} are {', '.join(dls.classes[:12])}")
-    if not classes or not set(classes) <= set(dls.classes): return images, None
+        warnings.warn(
+            f"no label accuracy: the class folders are {', '.join(classes[:12])}, and"
+            f" the classes of {dls.name} are {', '.join(dls.classes[:12])}"
+        )
+    if not classes or not set(classes) <= set(dls.classes):
+        return images, None
     return images, torch.tensor([dls.classes.index(c) for c in classes])[labels]
 
-def _drawn(diff, dls, n, steps, guidance, seed):  # images from a model, and the labels asked for (those of real images), where the data has the same
+
+# images from a model, and the labels asked for (those of real images), where the data
+# has the same
+def _drawn(diff, dls, n, steps, guidance, seed):
     import torch
     from ddpm_course.report import real_draw
-    if not diff.num_classes: return diff.sample(n=n, n_steps=steps, seed=seed).cpu(), None
-    split, drawn, _ = real_draw(dls, n, seed)
-    labels, same = split.labels[drawn].cpu().repeat(-(-n // len(drawn)))[:n], diff.classes == dls.classes
-    if not same: labels = torch.randint(diff.num_classes, (n,), generator=torch.Generator().manual_seed(seed))
-    return diff.sample(labels, n=n, cfg_scale=guidance, n_steps=steps, seed=seed).cpu(), labels if same else None
 
-def _reference(against, channels, **kw):  # the data to compare with, and which part of it that is, in words
+    if not diff.num_classes:
+        return diff.sample(n=n, n_steps=steps, seed=seed).cpu(), None
+    split, drawn, _ = real_draw(dls, n, seed)
+    labels, same = (
+        split.labels[drawn].cpu().repeat(-(-n // len(drawn)))[:n],
+        diff.classes == dls.classes,
+    )
+    if not same:
+        labels = torch.randint(
+            diff.num_classes, (n,), generator=torch.Generator().manual_seed(seed)
+        )
+    return diff.sample(
+        labels, n=n, cfg_scale=guidance, n_steps=steps, seed=seed
+    ).cpu(), (labels if same else None)
+
+
+# the data to compare with, and which part of it that is, in words
+def _reference(against, channels, **kw):
     from ddpm_course.data import get_dls
+
     dls = get_dls(against, **kw)
     if channels not in (None, dls.shape[0]):
         found, dls = dls, get_dls(against, channels=channels, **kw)
-        if channels == 1 and any(_colour(b.images) for b in (found.train, found.valid, found.test)):
-            warnings.warn(f"{dls.name} is in colour, and the model is grey: the colour is dropped")
-    few, total = len(dls.test.labels), sum(len(b.labels) for b in (dls.train, dls.valid, dls.test))
-    if few < 6: raise ValueError(f"{dls.name} holds {total} images, and only {few} in its test split: comparing takes 6 there, about 60 in all")
-    return dls, f"reference: the test split of {dls.name}, {few:,} of its {total:,} images"
+        if channels == 1 and any(
+            _colour(b.images) for b in (found.train, found.valid, found.test)
+        ):
+            warnings.warn(
+                f"{dls.name} is in colour, and the model is grey: the colour is dropped"
+            )
+    few, total = len(dls.test.labels), sum(
+        len(b.labels) for b in (dls.train, dls.valid, dls.test)
+    )
+    if few < 6:
+        raise ValueError(
+            f"{dls.name} holds {total} images, and only {few} in its test split:"
+            " comparing takes 6 there, about 60 in all"
+        )
+    return (
+        dls,
+        f"reference: the test split of {dls.name}, {few:,} of its {total:,} images",
+    )
+
 
 def _judge(dls, device, folder):  # a classifier; where none ships, that is said
     from ddpm_course.evaluation import classifier_for, ships
     from ddpm_course.pretrained import manifest
+
     if not ships(dls):
-        shape = manifest().get(f"classifier-{dls.name}", dict(config={}))["config"].get("shape")
-        hint = f" (one ships for {'x'.join(map(str, shape))}: --img-size {shape[-1]})" if folder and shape and shape[0] == dls.shape[0] and list(dls.shape) != list(shape) else ""
-        click.echo(f"no classifier ships for {dls.name} of {'x'.join(map(str, dls.shape))}{hint}: one is read from the cache, or trained now, in minutes", err=True)
+        shape = (
+            manifest()
+            .get(f"classifier-{dls.name}", dict(config={}))["config"]
+            .get("shape")
+        )
+        hint = (
+            f" (one ships for {'x'.join(map(str, shape))}: --img-size {shape[-1]})"
+            if folder
+            and shape
+            and shape[0] == dls.shape[0]
+            and list(dls.shape) != list(shape)
+            else ""
+        )
+        click.echo(
+            f"no classifier ships for {dls.name} of"
+            f" {'x'.join(map(str, dls.shape))}{hint}: one is read from the cache, or"
+            " trained now, in minutes",
+            err=True,
+        )
     return classifier_for(dls, device=device)
 
-def _cautions(numbers, real, dls, features):  # sentences, for what a table does not say by itself
+
+# sentences, for what a table does not say by itself
+def _cautions(numbers, real, dls, features):
     from ddpm_course.report import real_draw
-    if real["n"] < numbers["n"]: yield f"the real column is of {real['n']} images, and a distance falls with their number: compare at --n {real['n']}"
+
+    if real["n"] < numbers["n"]:
+        yield (
+            f"the real column is of {real['n']} images, and a distance falls with their"
+            f" number: compare at --n {real['n']}"
+        )
     if features == "classifier" and real_draw(dls, numbers["n"])[0] is dls.train:
-        yield f"the real column is of the training split, which the classifier may have seen, as the validation split holds only {len(dls.valid.labels)} images: its distances may be too low"
-    if numbers.get("identical", 0) > real.get("identical", 0): yield f"{numbers['identical']:.1%} of the images are training images, pixel for pixel"
+        yield (
+            "the real column is of the training split, which the classifier may have"
+            f" seen, as the validation split holds only {len(dls.valid.labels)} images:"
+            " its distances may be too low"
+        )
+    if numbers.get("identical", 0) > real.get("identical", 0):
+        yield (
+            f"{numbers['identical']:.1%} of the images are training images, pixel for"
+            " pixel"
+        )
     error = numbers.get("closer_error", 0)
     if error and (1 - numbers["expected"]) / error < 3:
-        yield "closer_z cannot reach 3 here, as there are few held-out images, or few different neighbours: copies and identical say more"
+        yield (
+            "closer_z cannot reach 3 here, as there are few held-out images, or few"
+            " different neighbours: copies and identical say more"
+        )
 
 # %% ../nbs/91_cli.ipynb #3266ec75
 @main.command()
 @click.argument("what", metavar="RUN_OR_FOLDER")
-@click.option("--against", required=True, help="Data to compare with: digits, shapes, mnist, fashion_mnist, cifar10, or a folder of images.")
-@click.option("--root", type=click.Path(), help="Where named data sets lie or are downloaded to [default: $DDPM_COURSE_DATA, then a cache folder].")
-@click.option("--img-size", default=32, help="Side of the images of a folder; a model has its own.")
+@click.option(
+    "--against",
+    required=True,
+    help=(
+        "Data to compare with: digits, shapes, mnist, fashion_mnist, cifar10, or a"
+        " folder of images."
+    ),
+)
+@click.option(
+    "--root",
+    type=click.Path(),
+    help=(
+        "Where named data sets lie or are downloaded to [default: $DDPM_COURSE_DATA,"
+        " then a cache folder]."
+    ),
+)
+@click.option(
+    "--img-size",
+    default=32,
+    help="Side of the images of a folder; a model has its own.",
+)
 @click.option("--n", default=1000, help="Images to draw, or to take from the folder.")
 @click.option("--steps", default=50, help="Denoising steps.")
 @GUIDANCE
-@click.option("--features", type=click.Choice(["classifier", "random", "pixels", "inception"]), help="What images are compared by [default: classifier, or random where there are no classes].")
-@click.option("--seed", default=0, type=SEED, help="Of the samples and of what is picked for comparison.")
-@click.option("--out", type=click.Path(), help="JSON to write [default: evaluation.json in the run folder, or here].")
+@click.option(
+    "--features",
+    type=click.Choice(["classifier", "random", "pixels", "inception"]),
+    help=(
+        "What images are compared by [default: classifier, or random where there are no"
+        " classes]."
+    ),
+)
+@click.option(
+    "--seed",
+    default=0,
+    type=SEED,
+    help="Of the samples and of what is picked for comparison.",
+)
+@click.option(
+    "--out",
+    type=click.Path(),
+    help="JSON to write [default: evaluation.json in the run folder, or here].",
+)
 @click.option("--device", help="cuda, mps or cpu [default: the best there is].")
-def evaluate(what, against, root, img_size, n, steps, guidance, features, seed, out, device):
-    "Say in numbers how good a model's images are, or those in a folder: RUN_OR_FOLDER is a run, a folder of images, or a model that ships (digits, shapes, mnist)."
+def evaluate(
+    what, against, root, img_size, n, steps, guidance, features, seed, out, device
+):
+    """Say in numbers how good a model's images are, or those in a folder: RUN_OR_FOLDER
+    is a run, a folder of images, or a model that ships (digits, shapes, mnist)."""
     import torch
     from ddpm_course.checkpoint import write_json
     from ddpm_course.core import choose, default_device
@@ -232,33 +581,106 @@ def evaluate(what, against, root, img_size, n, steps, guidance, features, seed, 
     from ddpm_course.pretrained import manifest
     from ddpm_course.report import real_report, report, report_table
     from ddpm_course.training import Diffusion, load_pretrained
-    if n < 6: raise ValueError(f"--n is a number of images, at least 6 (coverage looks at the fifth neighbour), not {n}")
-    device, is_run = default_device(device), any(Path(what, f).exists() for f in ("config.json", "manifest.json"))
+
+    if n < 6:
+        raise ValueError(
+            "--n is a number of images, at least 6 (coverage looks at the fifth"
+            f" neighbour), not {n}"
+        )
+    device, is_run = default_device(device), any(
+        Path(what, f).exists() for f in ("config.json", "manifest.json")
+    )
     models = {k: e for k, e in manifest().items() if "net" in e["config"]}
-    if not is_run and not is_path(what): choose(what, models, "model (and no run or folder of that name)")
+    if not is_run and not is_path(what):
+        choose(what, models, "model (and no run or folder of that name)")
     out = _out(out, what if is_run else "", "evaluation.json")
-    diff = Diffusion.load(what, device) if is_run else None if is_path(what) else load_pretrained(what, device)
+    diff = (
+        Diffusion.load(what, device)
+        if is_run
+        else None if is_path(what) else load_pretrained(what, device)
+    )
     size, channels = (diff.shape[1:], diff.shape[0]) if diff else (img_size, None)
-    dls, reference = _reference(against, img_size=size, root=root, seed=diff.seed if diff else 0, channels=channels)
-    if features == "classifier" and not dls.num_classes: raise ValueError(f"{dls.name} has no classes: --features is random, pixels or inception")
-    images, labels = _drawn(diff, dls, n, steps, guidance, seed) if diff else _folder(what, dls, against)
-    if len(images) < 6: raise ValueError(f"{what} holds {len(images)} images, and a comparison takes 6 or more (coverage looks at the fifth neighbour)")
+    dls, reference = _reference(
+        against,
+        img_size=size,
+        root=root,
+        seed=diff.seed if diff else 0,
+        channels=channels,
+    )
+    if features == "classifier" and not dls.num_classes:
+        raise ValueError(
+            f"{dls.name} has no classes: --features is random, pixels or inception"
+        )
+    images, labels = (
+        _drawn(diff, dls, n, steps, guidance, seed)
+        if diff
+        else _folder(what, dls, against)
+    )
+    if len(images) < 6:
+        raise ValueError(
+            f"{what} holds {len(images)} images, and a comparison takes 6 or more"
+            " (coverage looks at the fifth neighbour)"
+        )
     if len(images) > n:
-        pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n]
+        pick = torch.randperm(
+            len(images), generator=torch.Generator().manual_seed(seed)
+        )[:n]
         images, labels = images[pick], None if labels is None else labels[pick]
     features = features or ("classifier" if dls.num_classes else "random")
-    judge = _judge(dls, device, diff is None) if features == "classifier" or labels is not None else None  # else nobody asks it
-    eyes = dict(classifier=lambda: judge.features, random=lambda: RandomFeatures(dls.shape).to(device), pixels=lambda: pixel_features, inception=lambda: inception_features(device))
+    judge = (
+        _judge(dls, device, diff is None)
+        if features == "classifier" or labels is not None
+        else None
+    )  # else nobody asks it
+    eyes = dict(
+        classifier=lambda: judge.features,
+        random=lambda: RandomFeatures(dls.shape).to(device),
+        pixels=lambda: pixel_features,
+        inception=lambda: inception_features(device),
+    )
     options = dict(classifier=judge, features=eyes[features](), seed=seed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        numbers = report(images, labels, dls.test.images, train=dls.train.images, heldout=dls.valid.images, **options)
+        numbers = report(
+            images,
+            labels,
+            dls.test.images,
+            train=dls.train.images,
+            heldout=dls.valid.images,
+            **options,
+        )
         real = real_report(dls, len(images), **options)
-    click.echo(report_table({Path(what).name if diff is None or is_run else what: numbers, f"real {dls.name}": real}))
+    click.echo(
+        report_table(
+            {
+                Path(what).name if diff is None or is_run else what: numbers,
+                f"real {dls.name}": real,
+            }
+        )
+    )
     click.echo(reference)
-    for message in [*(str(w.message) for w in caught), *_cautions(numbers, real, dls, features)]: warnings.warn(message)
-    made = dict(steps=steps, guidance=guidance if diff.num_classes else 1.0) if diff else {}
-    write_json(out, dict(what=str(what), against=str(against), features=features, seed=seed, **made, numbers=numbers, real=real))
+    for message in [
+        *(str(w.message) for w in caught),
+        *_cautions(numbers, real, dls, features),
+    ]:
+        warnings.warn(message)
+    made = (
+        dict(steps=steps, guidance=guidance if diff.num_classes else 1.0)
+        if diff
+        else {}
+    )
+    write_json(
+        out,
+        dict(
+            what=str(what),
+            against=str(against),
+            features=features,
+            seed=seed,
+            **made,
+            numbers=numbers,
+            real=real,
+        ),
+    )
     click.echo(f"{out}")
 
 # %% ../nbs/91_cli.ipynb #46291313
@@ -271,14 +693,22 @@ def info(run):
     from ddpm_course import __version__
     from ddpm_course.checkpoint import checkpoints, read_json
     from ddpm_course.core import default_device, tier
+
     if run is None:
-        click.echo(f"ddpm_course {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}\n"
-                   f"device {default_device()}, {torch.get_num_threads()} threads, tier {tier()}")
+        click.echo(
+            f"ddpm_course {__version__}, torch {torch.__version__}, Python"
+            f" {sys.version.split()[0]}\ndevice {default_device()},"
+            f" {torch.get_num_threads()} threads, tier {tier()}"
+        )
         return
     from ddpm_course.loggers import read_log
+
     click.echo(json.dumps(read_json(Path(run, "config.json")), indent=1))
-    for line in read_log(run)[-5:]: click.echo(json.dumps(line))
-    click.echo("checkpoints: " + (", ".join(p.name for p in checkpoints(run)) or "none"))
+    for line in read_log(run)[-5:]:
+        click.echo(json.dumps(line))
+    click.echo(
+        "checkpoints: " + (", ".join(p.name for p in checkpoints(run)) or "none")
+    )
 
 # %% ../nbs/91_cli.ipynb #68e2d517
 @main.command()
@@ -286,6 +716,7 @@ def info(run):
 def progress(reset):
     "Exercises done, lesson by lesson, and the next one of each."
     from ddpm_course import exercises
+
     if reset:
         click.confirm(f"Delete {exercises.progress_file()}?", abort=True)
         exercises.progress_file().unlink(missing_ok=True)
@@ -293,36 +724,60 @@ def progress(reset):
 
 # %% ../nbs/91_cli.ipynb #524ad118
 @main.command()
-@click.option("--run", default="runs/demo", type=click.Path(), help="Folder for the pictures and the checkpoint.")
+@click.option(
+    "--run",
+    default="runs/demo",
+    type=click.Path(),
+    help="Folder for the pictures and the checkpoint.",
+)
 @click.option("--minutes", default=2.0, help="Training time.")
 def demo(run, minutes):
-    "Train on handwritten digits that come with the package, draw some, and say how many a classifier can read."
+    """Train on handwritten digits that come with the package, draw some, and say how
+    many a classifier can read."""
     import shutil
     import torch
     from ddpm_course.core import save_images
     from ddpm_course.data import get_dls
     from ddpm_course.evaluation import classifier_for, label_accuracy, test_accuracy
     from ddpm_course.training import Diffusion
+
     run = Path(run)
-    if (run / "checkpoints").exists(): shutil.rmtree(run)  # a demo starts anew
+    if (run / "checkpoints").exists():
+        shutil.rmtree(run)  # a demo starts anew
     dls = get_dls("digits", img_size=16, batch_size=32)
     diff = Diffusion(shape=dls.shape, num_classes=dls.num_classes, classes=dls.classes)
-    click.echo(f"{len(dls.train.labels)} handwritten digits, {dls.shape[1]}x{dls.shape[2]} pixels; training for {minutes:g} minutes on {diff.device}")
+    click.echo(
+        f"{len(dls.train.labels)} handwritten digits, {dls.shape[1]}x{dls.shape[2]}"
+        f" pixels; training for {minutes:g} minutes on {diff.device}"
+    )
     start = time.perf_counter()
     diff.fit(dls, minutes=minutes, run=run)
     seconds, seen = time.perf_counter() - start, diff.step * dls.train.batch_size
     labels = torch.arange(10).repeat_interleave(10)
     frames = []
-    film = diff.sample(range(10), cfg_scale=2.0, seed=1, callback=lambda x, i, **_: frames.append(x) if i % 5 == 0 else None)
-    strip = torch.stack([*frames, film], 1).flatten(0, 1)  # a row per digit, from noise to image
+    film = diff.sample(
+        range(10),
+        cfg_scale=2.0,
+        seed=1,
+        callback=lambda x, i, **_: frames.append(x) if i % 5 == 0 else None,
+    )
+    # a row per digit, from noise to image
+    strip = torch.stack([*frames, film], 1).flatten(0, 1)
     images = diff.sample(labels, cfg_scale=2.0, seed=0)
-    save_images(images, run / "samples.png", cols=10, scale=3); save_images(strip, run / "filmstrip.png", cols=len(frames) + 1, scale=3)
+    save_images(images, run / "samples.png", cols=10, scale=3)
+    save_images(strip, run / "filmstrip.png", cols=len(frames) + 1, scale=3)
     judge = classifier_for(dls)
     last = diff.history[-1]
-    click.echo(f"loss {last['loss']:.4f}, validation loss {last['valid_loss']:.4f}\n{seconds:.0f} s, {seen / seconds:.0f} images per second\n"
-               f"a classifier reads the digit asked for in {label_accuracy(judge, diff.sample(labels.repeat(5), cfg_scale=2.0, seed=2), labels.repeat(5)):.1%} of 500 samples "
-               f"(and the right one in {test_accuracy(judge, dls):.1%} of the real test digits)\n{run / 'samples.png'}\n{run / 'filmstrip.png'}")
+    click.echo(
+        f"loss {last['loss']:.4f}, validation loss"
+        f" {last['valid_loss']:.4f}\n{seconds:.0f} s, {seen / seconds:.0f} images per"
+        " second\na classifier reads the digit asked for in"
+        f" {label_accuracy(judge, diff.sample(labels.repeat(5), cfg_scale=2.0, seed=2), labels.repeat(5)):.1%}"
+        f" of 500 samples (and the right one in {test_accuracy(judge, dls):.1%} of the"
+        f" real test digits)\n{run / 'samples.png'}\n{run / 'filmstrip.png'}"
+    )
 
 # %% ../nbs/91_cli.ipynb #4c3237c1
 #| eval: false
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

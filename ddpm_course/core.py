@@ -26,10 +26,15 @@ def choose(
     what: str,  # what is being chosen, for the message
 ):  # the thing; ValueError that lists the choices and suggests the nearest
     "Look up `name` in `options`, or say which names there are."
-    if name in options: return options[name]
-    near = difflib.get_close_matches(str(name).lower(), [str(o) for o in options], 1, cutoff=0.4)
+    if name in options:
+        return options[name]
+    near = difflib.get_close_matches(
+        str(name).lower(), [str(o) for o in options], 1, cutoff=0.4
+    )
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(map(repr, options))}.{hint}")
+    raise ValueError(
+        f"unknown {what} {name!r}: choose one of {', '.join(map(repr, options))}.{hint}"
+    )
 
 # %% ../nbs/92_core.ipynb #8ec938e7
 def bcast(
@@ -38,7 +43,10 @@ def bcast(
 ) -> Tensor:  # (B, 1, ..., 1)
     "Reshape one value per example so that it multiplies `x` example by example."
     if v.ndim > 1 or v.numel() not in (1, len(x)):
-        raise ValueError(f"bcast needs one value per example, ({len(x)},) or (1,), not {tuple(v.shape)}, for x of shape {tuple(x.shape)}")
+        raise ValueError(
+            f"bcast needs one value per example, ({len(x)},) or (1,), not"
+            f" {tuple(v.shape)}, for x of shape {tuple(x.shape)}"
+        )
     return v.reshape(-1, *[1] * (x.ndim - 1))
 
 # %% ../nbs/92_core.ipynb #1068eba7
@@ -47,6 +55,7 @@ def to_float(
 ) -> Tensor:  # float32 in [-1, 1]
     "Pixels to floats: 0 -> -1, 255 -> 1."
     return u8.float().div_(127.5).sub_(1)
+
 
 def to_uint8(
     x: Tensor,  # floats in [-1, 1], any shape; values outside are clamped
@@ -62,53 +71,83 @@ def set_seed(
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
 
+
 def example_generators(
     seed: int,  # one seed for the whole set
     n: int,  # number of examples
     start: int = 0,  # index of the first example
 ) -> list:  # n CPU generators, one per example
-    "One generator per example, so that example i is the same however the set is cut into batches."
-    return [torch.Generator().manual_seed(((seed + 1) * 0x9E3779B1 + i) % 2**32) for i in range(start, start + n)]
+    """One generator per example, so that example i is the same however the set is cut
+    into batches."""
+    return [
+        torch.Generator().manual_seed(((seed + 1) * 0x9E3779B1 + i) % 2**32)
+        for i in range(start, start + n)
+    ]
+
 
 def randn(
     shape: tuple,  # (B, ...)
-    generator=None,  # a torch.Generator, or a list of B of them (one per example), or None
+    # a torch.Generator, or a list of B of them (one per example), or None
+    generator=None,
     device=None,  # where the result lives
     dtype=torch.float32,  # and its type
 ) -> Tensor:
     "Standard normal noise from one generator, or from one per example."
     if isinstance(generator, (list, tuple)):
-        if len(generator) != shape[0]: raise ValueError(f"{len(generator)} generators for a batch of {shape[0]}")
-        return torch.stack([torch.randn(shape[1:], generator=g, dtype=dtype) for g in generator]).to(device)
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for a batch of {shape[0]}")
+        return torch.stack(
+            [torch.randn(shape[1:], generator=g, dtype=dtype) for g in generator]
+        ).to(device)
     at = device if generator is None else generator.device
     return torch.randn(shape, generator=generator, device=at, dtype=dtype).to(device)
 
 # %% ../nbs/92_core.ipynb #a6568dac
 def default_device(
-    name: str | None = None,  # 'cuda', 'cuda:1', 'mps', 'cpu'; None or 'auto' takes the best there is
+    # 'cuda', 'cuda:1', 'mps', 'cpu'; None or 'auto' takes the best there is
+    name: str | None = None,
 ) -> torch.device:  # ValueError if it does not exist or is not there
     "The device to compute on."
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name in (None, "auto"): return torch.device(next(k for k, there in here.items() if there))
+    here = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name in (None, "auto"):
+        return torch.device(next(k for k, there in here.items() if there))
     kind, colon, index = str(name).partition(":")
     if not choose(kind, here, "device"):
-        raise ValueError(f"device {name!r} is not available here: choose one of {', '.join(k for k, v in here.items() if v)}.")
+        raise ValueError(
+            f"device {name!r} is not available here: choose one of"
+            f" {', '.join(k for k, v in here.items() if v)}."
+        )
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if colon and (not index.isdigit() or int(index) >= count):
-        raise ValueError(f"device {name!r} does not exist: there are {count} of kind {kind}, counted from 0.")
+        raise ValueError(
+            f"device {name!r} does not exist: there are {count} of kind {kind}, counted"
+            " from 0."
+        )
     return torch.device(str(name))
 
 # %% ../nbs/92_core.ipynb #872a7936
 TIERS = ("ci", "cpu", "gpu", "big")
 
-def tier() -> str:  # 'ci' | 'cpu' | 'gpu' | 'big'; ValueError if DDPM_COURSE_TIER holds anything else
-    "How much work the lessons do: `DDPM_COURSE_TIER` if set, `ci` under `nbdev_test`, else by what the machine has."
-    if asked := os.environ.get("DDPM_COURSE_TIER"): return choose(asked, dict(zip(TIERS, TIERS)), "DDPM_COURSE_TIER")
-    if os.environ.get("IN_TEST"): return "ci"
+
+# 'ci' | 'cpu' | 'gpu' | 'big'; ValueError if DDPM_COURSE_TIER holds anything else
+def tier() -> str:
+    """How much work the lessons do: `DDPM_COURSE_TIER` if set, `ci` under `nbdev_test`,
+    else by what the machine has."""
+    if asked := os.environ.get("DDPM_COURSE_TIER"):
+        return choose(asked, dict(zip(TIERS, TIERS)), "DDPM_COURSE_TIER")
+    if os.environ.get("IN_TEST"):
+        return "ci"
     return "gpu" if torch.cuda.is_available() else "cpu"
 
+
 def by_tier(
-    **values,  # ci=..., cpu=..., gpu=..., big=...; a tier that is left out takes the value of the next smaller one
+    # ci=..., cpu=..., gpu=..., big=...; a tier that is left out takes the value of the
+    # next smaller one
+    **values,
 ):
     "Pick the value for the current tier."
     mine = TIERS[: TIERS.index(tier()) + 1]
@@ -117,33 +156,60 @@ def by_tier(
 # %% ../nbs/92_core.ipynb #5b34f3b5
 def cache_folder() -> Path:  # $XDG_CACHE_HOME/ddpm_course, else ~/.cache/ddpm_course
     "Where things that can be made again are kept."
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ddpm_course").expanduser()
+    return Path(
+        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ddpm_course"
+    ).expanduser()
 
 # %% ../nbs/92_core.ipynb #e7f86ef0
-def keep_memory() -> bool:  # whether the C library understood (Linux with glibc); elsewhere nothing changes
-    "Keep freed CPU memory (blocks up to 32 MB) for the next step, in this whole process: fewer page faults, so faster steps on a CPU."
+# whether the C library understood (Linux with glibc); elsewhere nothing changes
+def keep_memory() -> bool:
+    """Keep freed CPU memory (blocks up to 32 MB) for the next step, in this whole
+    process: fewer page faults, so faster steps on a CPU."""
     import ctypes
-    try: mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError): return False
-    m_trim_threshold, m_mmap_threshold = -1, -3  # names of mallopt(3); 32 MB is the most that it takes for the second
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    # names of mallopt(3); 32 MB is the most that it takes for the second
+    m_trim_threshold, m_mmap_threshold = -1, -3
     return all([mallopt(m_mmap_threshold, 2**25), mallopt(m_trim_threshold, 2**31 - 1)])
 
 # %% ../nbs/92_core.ipynb #38e49164
-def peak_memory() -> float:  # GB: of the GPU where one is used, else of this process since it started
+# GB: of the GPU where one is used, else of this process since it started
+def peak_memory() -> float:
     "Peak memory so far."
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated(): return torch.cuda.max_memory_allocated() / 2**30
-    try: import resource
-    except ImportError: return float("nan")  # Windows has no resource module
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:
+        return float("nan")  # Windows has no resource module
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024)
+        / 2**30
+    )
+
 
 _start = time.perf_counter()
 
+
 def lesson_report() -> str:  # one line
-    "What a lesson ends with: tier, device, seconds since this module was imported, peak memory, versions."
+    """What a lesson ends with: tier, device, seconds since this module was imported,
+    peak memory, versions."""
     from ddpm_course import __version__
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return (f"tier {tier()} | {device} | {time.perf_counter() - _start:.0f} s | peak memory {peak_memory():.1f} GB | "
-            f"ddpm_course {__version__}, torch {torch.__version__}")
+
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    return (
+        f"tier {tier()} | {device} | {time.perf_counter() - _start:.0f} s | peak memory"
+        f" {peak_memory():.1f} GB | ddpm_course {__version__}, torch"
+        f" {torch.__version__}"
+    )
 
 # %% ../nbs/92_core.ipynb #2c14e01d
 def grid(
@@ -153,16 +219,28 @@ def grid(
 ) -> Tensor:  # (3,H',W') uint8
     "One picture of many images, row by row."
     if not torch.is_tensor(x) or x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise ValueError(f"images are a tensor (N,1,H,W) or (N,3,H,W), not {tuple(x.shape) if torch.is_tensor(x) else type(x).__name__}")
-    if not len(x) or cols < 1: raise ValueError(f"nothing to show: {len(x)} images, {cols} in a row")
-    u8 = (x if x.dtype == torch.uint8 else to_uint8(x)).detach().cpu().expand(-1, 3, -1, -1)
+        raise ValueError(
+            "images are a tensor (N,1,H,W) or (N,3,H,W), not"
+            f" {tuple(x.shape) if torch.is_tensor(x) else type(x).__name__}"
+        )
+    if not len(x) or cols < 1:
+        raise ValueError(f"nothing to show: {len(x)} images, {cols} in a row")
+    u8 = (
+        (x if x.dtype == torch.uint8 else to_uint8(x))
+        .detach()
+        .cpu()
+        .expand(-1, 3, -1, -1)
+    )
     N, C, H, W = u8.shape
     rows = math.ceil(N / cols)
-    out = torch.full((3, rows * (H + pad) + pad, cols * (W + pad) + pad), 255, dtype=torch.uint8)
+    out = torch.full(
+        (3, rows * (H + pad) + pad, cols * (W + pad) + pad), 255, dtype=torch.uint8
+    )
     for i in range(N):
         r, c = pad + i // cols * (H + pad), pad + i % cols * (W + pad)
         out[:, r : r + H, c : c + W] = u8[i]
     return out
+
 
 def save_images(
     x: Tensor,  # (N,C,H,W) floats in [-1, 1] or uint8
@@ -172,14 +250,18 @@ def save_images(
 ) -> Path:
     "Write a grid of images as a PNG."
     from PIL import Image
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     g = grid(x, cols).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     Image.fromarray(g.permute(1, 2, 0).numpy()).save(path)
     return path
 
+
 def show_images(
-    x: Tensor,  # (N,C,H,W) floats in [-1, 1] or uint8; with titles also a list of images of other sizes
+    # (N,C,H,W) floats in [-1, 1] or uint8; with titles also a list of images of other
+    # sizes
+    x: Tensor,
     cols: int = 8,  # images per row
     titles=None,  # one text per image, shown above it
     scale: float = 0.9,  # inches per image
@@ -189,25 +271,54 @@ def show_images(
 ):  # ValueError for another number of names
     "Show images as one grid, or one by one with a title each."
     import matplotlib.pyplot as plt
+
     cols = min(cols, len(x))
     counts = dict(rows=math.ceil(len(x) / max(cols, 1)), columns=cols, titles=len(x))
-    texts = {k: [str(v.item() if torch.is_tensor(v) else v) for v in (() if names is None else names)] for k, names in zip(counts, (rows, columns, titles))}
+    texts = {
+        k: [
+            str(v.item() if torch.is_tensor(v) else v)
+            for v in (() if names is None else names)
+        ]
+        for k, names in zip(counts, (rows, columns, titles))
+    }
     for k, names in texts.items():
-        if len(names) not in (0, counts[k]): raise ValueError(f"{len(names)} names for {counts[k]} {k}")
+        if len(names) not in (0, counts[k]):
+            raise ValueError(f"{len(names)} names for {counts[k]} {k}")
     if titles is None:
         picture, (tall, wide) = grid(x, cols).permute(1, 2, 0), x.shape[2:]
-        above = [textwrap.fill(name, max(int(14 * scale), 5), break_long_words=False) for name in texts["columns"]]  # as wide as an image
+        above = [
+            textwrap.fill(name, max(int(14 * scale), 5), break_long_words=False)
+            for name in texts["columns"]
+        ]  # as wide as an image
         if ax is None:
-            left, top = 0.08 * max(map(len, texts["rows"]), default=0), 0.15 * max((name.count("\n") + 2 for name in above), default=0)
-            ax = plt.subplots(figsize=(cols * scale + left, counts["rows"] * scale + top), layout="constrained" if left or top else None)[1]
+            left, top = 0.08 * max(map(len, texts["rows"]), default=0), 0.15 * max(
+                (name.count("\n") + 2 for name in above), default=0
+            )
+            ax = plt.subplots(
+                figsize=(cols * scale + left, counts["rows"] * scale + top),
+                layout="constrained" if left or top else None,
+            )[1]
         ax.imshow(picture)
-        ax.set_frame_on(False); ax.xaxis.tick_top(); ax.tick_params(length=0, labelsize=8)
-        ax.set_yticks([(tall + 1) * (i + 0.5) for i in range(len(texts["rows"]))], texts["rows"])
+        ax.set_frame_on(False)
+        ax.xaxis.tick_top()
+        ax.tick_params(length=0, labelsize=8)
+        ax.set_yticks(
+            [(tall + 1) * (i + 0.5) for i in range(len(texts["rows"]))], texts["rows"]
+        )
         ax.set_xticks([(wide + 1) * (i + 0.5) for i in range(len(above))], above)
-        if texts["rows"] and ax.figure.get_layout_engine(): ax.figure.draw_without_rendering()  # the first draw finds where the names begin, the next one makes room
+        if texts["rows"] and ax.figure.get_layout_engine():
+            # the first draw finds where the names begin, the next one makes room
+            ax.figure.draw_without_rendering()
         return ax
-    axs = plt.subplots(counts["rows"], cols, figsize=(cols * scale * 1.2, counts["rows"] * scale * 1.4), squeeze=False)[1].ravel()
-    for a in axs: a.axis("off")
+    axs = plt.subplots(
+        counts["rows"],
+        cols,
+        figsize=(cols * scale * 1.2, counts["rows"] * scale * 1.4),
+        squeeze=False,
+    )[1].ravel()
+    for a in axs:
+        a.axis("off")
     for a, im, title in zip(axs, x, texts["titles"]):
-        a.imshow(grid(im[None], 1, pad=0).permute(1, 2, 0)); a.set_title(title, fontsize=8)
+        a.imshow(grid(im[None], 1, pad=0).permute(1, 2, 0))
+        a.set_title(title, fontsize=8)
     return axs

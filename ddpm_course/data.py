@@ -14,9 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import choose, tier, to_float
-from .files import (SPLITS, Part, check_count, check_images, check_labels, check_options, digest, is_path, load_parts,
-                               pixel_keys, read_image)
-from .shapes import SHAPES, Shapes, as_size, captions, draw_shapes, make_scene, render
+from ddpm_course.files import (
+    SPLITS,
+    Part,
+    check_count,
+    check_images,
+    check_labels,
+    check_options,
+    digest,
+    is_path,
+    load_parts,
+    pixel_keys,
+    read_image,
+)
+from ddpm_course.shapes import (
+    SHAPES,
+    Shapes,
+    as_size,
+    captions,
+    draw_shapes,
+    make_scene,
+    render,
+)
 
 # %% ../nbs/01_data.ipynb #3d778bb9
 def edge_colour(
@@ -27,15 +46,22 @@ def edge_colour(
     edge = u8[:, :, [0, -1]] if rows else u8[:, :, :, [0, -1]]
     return edge.float().mean((2, 3), keepdim=True).round().to(torch.uint8)
 
+
 def pad_to(
     u8: Tensor,  # (N,C,h,w) uint8
     size: tuple,  # (H, W), at least (h, w)
-    fill: int | None = None,  # grey level of the padding; None takes each image's own edge colour
+    # grey level of the padding; None takes each image's own edge colour
+    fill: int | None = None,
 ) -> Tensor:  # (N,C,H,W) uint8, the image in the middle
     "Pad without touching the pixels."
     (H, W), (h, w) = size, u8.shape[2:]
-    if (h, w) == (H, W): return u8
-    colour = edge_colour(u8, rows=H - h > W - w) if fill is None else torch.tensor(fill, dtype=torch.uint8)
+    if (h, w) == (H, W):
+        return u8
+    colour = (
+        edge_colour(u8, rows=H - h > W - w)
+        if fill is None
+        else torch.tensor(fill, dtype=torch.uint8)
+    )
     out = colour.expand(*u8.shape[:2], H, W).clone()
     top, left = (H - h) // 2, (W - w) // 2
     out[:, :, top : top + h, left : left + w] = u8
@@ -45,17 +71,24 @@ def pad_to(
 def fit_image(
     u8: Tensor,  # (N,C,h,w) uint8
     img_size,  # side, or (height, width)
-    fit: str = "pad",  # 'pad' keeps the whole image, 'crop' fills the frame from its centre
-    fill: int | None = None,  # grey level of the padding; None takes each image's own edge colour
-    slack: float = 1.0,  # images that need no more than this enlargement are only padded
+    # 'pad' keeps the whole image, 'crop' fills the frame from its centre
+    fit: str = "pad",
+    # grey level of the padding; None takes each image's own edge colour
+    fill: int | None = None,
+    # images that need no more than this enlargement are only padded
+    slack: float = 1.0,
 ) -> Tensor:  # (N,C,H,W) uint8
-    "Resize by one factor for both sides (antialiased bilinear), then pad or crop: never stretch."
+    """Resize by one factor for both sides (antialiased bilinear), then pad or crop:
+    never stretch."""
     (H, W), (h, w) = as_size(img_size), u8.shape[2:]
     factor = choose(fit, {"pad": min, "crop": max}, "fit")(H / h, W / w)
-    if fit == "pad" and 1 <= factor <= slack: factor = 1
+    if fit == "pad" and 1 <= factor <= slack:
+        factor = 1
     size = max(1, round(h * factor)), max(1, round(w * factor))
-    if size != (h, w): u8 = F.interpolate(u8, size, mode="bilinear", antialias=True)
-    if fit == "pad": return pad_to(u8, (H, W), fill)
+    if size != (h, w):
+        u8 = F.interpolate(u8, size, mode="bilinear", antialias=True)
+    if fit == "pad":
+        return pad_to(u8, (H, W), fill)
     top, left = (size[0] - H) // 2, (size[1] - W) // 2
     return u8[:, :, top : top + H, left : left + W]
 
@@ -63,10 +96,13 @@ def fit_image(
 def duplicates(
     keys: list,  # N hashes
     taken=(),  # hashes that must not come up again
-) -> dict:  # number of a repeated image -> number of the first one like it, or None if it is among the taken
+    # number of a repeated image -> number of the first one like it, or None if it is
+    # among the taken
+) -> dict:
     "Find exact repetitions."
     first = dict.fromkeys(taken)
     return {i: first[k] for i, k in enumerate(keys) if first.setdefault(k, i) != i}
+
 
 def drop_duplicates(
     part: Part,
@@ -74,10 +110,22 @@ def drop_duplicates(
 ):  # Part, {name: why it was left out}
     "Keep the first of images with the same pixels, and none that is also in `taken`."
     twice = duplicates(part.pixels, taken)
-    if not twice: return part, {}
-    why = {part.names[i]: "also held out for valid or test" if j is None else f"same pixels as {part.names[j]}" for i, j in twice.items()}
+    if not twice:
+        return part, {}
+    why = {
+        part.names[i]: (
+            "also held out for valid or test"
+            if j is None
+            else f"same pixels as {part.names[j]}"
+        )
+        for i, j in twice.items()
+    }
     name, reason = next(iter(why.items()))
-    warnings.warn(f"removed {len(why)} exact duplicates from {len(part.names)} images, the first is {name} ({reason})", stacklevel=2)
+    warnings.warn(
+        f"removed {len(why)} exact duplicates from {len(part.names)} images, the first"
+        f" is {name} ({reason})",
+        stacklevel=2,
+    )
     return part.take([i for i in range(len(part.names)) if i not in twice]), why
 
 # %% ../nbs/01_data.ipynb #24795795
@@ -88,12 +136,14 @@ def chance(
     "A random number that belongs to an image."
     return int(digest(f"{seed}/{key}".encode()), 16) / 2**64
 
+
 def cut(
     order: list,  # pairs (chance, number) of the images, sorted
     fractions: dict,  # e.g. dict(valid=0.1, test=0.1)
     stable: bool = False,
 ) -> dict:  # {'train': numbers, 'valid': numbers, ...}
-    "Lowest chances first; each split that is asked for gets at least one image where there are enough."
+    """Lowest chances first; each split that is asked for gets at least one image where
+    there are enough."""
     out, edge, n = {}, 0.0, len(order)
     for name, share in fractions.items():
         edge += share
@@ -102,43 +152,91 @@ def cut(
         out[name], order = [i for _, i in order[:k]], order[k:]
     return out | {"train": [i for _, i in order]}
 
+
 def split_part(
     part: Part,
     fractions: dict,  # e.g. dict(valid=0.1, test=0.1); the rest is train
     seed: int = 0,
-    stable: bool = False,  # True: nobody moves when an image is added; False: exact shares in each class
+    # True: nobody moves when an image is added; False: exact shares in each class
+    stable: bool = False,
 ) -> dict:  # {'train': Part, ...}
-    "Split class by class (or all in one, where classes are too small), by the random number that each image carries."
+    """Split class by class (or all in one, where classes are too small), by the random
+    number that each image carries."""
     order = sorted((chance(k, seed), i) for i, k in enumerate(part.keys))
     y, groups = part.labels.tolist(), {}
-    for u, i in order: groups.setdefault(y[i], []).append((u, i))
+    for u, i in order:
+        groups.setdefault(y[i], []).append((u, i))
     cuts = [cut(g, fractions, stable) for g in groups.values()]
-    if any(share > 0 and not any(c[name] for c in cuts) for name, share in fractions.items()): cuts = [cut(order, fractions, stable)]
-    return {name: part.take(sorted(sum((c[name] for c in cuts), []))) for name in ("train", *fractions)}
+    if any(
+        share > 0 and not any(c[name] for c in cuts)
+        for name, share in fractions.items()
+    ):
+        cuts = [cut(order, fractions, stable)]
+    return {
+        name: part.take(sorted(sum((c[name] for c in cuts), [])))
+        for name in ("train", *fractions)
+    }
 
 # %% ../nbs/01_data.ipynb #9b3f189f
 class Batches:
-    "One split: images kept as uint8, handed out as (B,C,H,W) floats in [-1, 1] with (B,) int64 labels."
-    def __init__(self, images, labels=None, batch_size=64, shuffle=False, seed=0, flip=False):
-        self.source, self.labels = check_images(images), check_labels(labels, len(images))
-        self.batch_size, self.shuffle, self.seed, self.flip, self.passes = check_count(batch_size, "batch_size"), shuffle, seed, flip, 0
-        self.drawn = None  # the pixels of a source that draws them, once somebody asked for all
-    def __len__(self): return -(-len(self.labels) // self.batch_size)
+    """One split: images kept as uint8, handed out as (B,C,H,W) floats in [-1, 1] with
+    (B,) int64 labels."""
+
+    def __init__(
+        self, images, labels=None, batch_size=64, shuffle=False, seed=0, flip=False
+    ):
+        self.source, self.labels = check_images(images), check_labels(
+            labels, len(images)
+        )
+        self.batch_size, self.shuffle, self.seed, self.flip, self.passes = (
+            check_count(batch_size, "batch_size"),
+            shuffle,
+            seed,
+            flip,
+            0,
+        )
+        # the pixels of a source that draws them, once somebody asked for all
+        self.drawn = None
+
+    def __len__(self):
+        return -(-len(self.labels) // self.batch_size)
+
     def __iter__(self):
         self.passes += 1
         return self.epoch(self.passes - 1)
-    def epoch(self, e, start=0): return epoch_batches(self, e, check_count(start, "start", 0))
-    def get(self, i): return self.source.get(i) if hasattr(self.source, "get") and self.drawn is None else self.images[i]
+
+    def epoch(self, e, start=0):
+        return epoch_batches(self, e, check_count(start, "start", 0))
+
+    def get(self, i):
+        return (
+            self.source.get(i)
+            if hasattr(self.source, "get") and self.drawn is None
+            else self.images[i]
+        )
+
     @property
     def images(self):
-        if isinstance(self.source, Tensor): return self.source
-        if self.drawn is None: self.drawn = self.source.get(torch.arange(len(self.labels)))
+        if isinstance(self.source, Tensor):
+            return self.source
+        if self.drawn is None:
+            self.drawn = self.source.get(torch.arange(len(self.labels)))
         return self.drawn
+
     def to(self, device):
         kw = dict(non_blocking=True) if isinstance(self.source, Tensor) else {}
-        self.source, self.labels, self.drawn = self.source.to(device, **kw), self.labels.to(device), None
+        self.source, self.labels, self.drawn = (
+            self.source.to(device, **kw),
+            self.labels.to(device),
+            None,
+        )
         return self
-    def __repr__(self): return f"Batches({len(self.labels)} images, batch_size={self.batch_size}, shuffle={self.shuffle}, flip={self.flip})"
+
+    def __repr__(self):
+        return (
+            f"Batches({len(self.labels)} images, batch_size={self.batch_size},"
+            f" shuffle={self.shuffle}, flip={self.flip})"
+        )
 
 # %% ../nbs/01_data.ipynb #2f2e5dcb
 def epoch_batches(
@@ -146,23 +244,32 @@ def epoch_batches(
     e: int,  # number of the epoch: decides the order and the flips
     start: int = 0,  # number of the first batch to hand out
 ):  # iterator over (x (B,C,H,W) float32, y (B,) int64)
-    "The batches of one epoch, a function of (b.seed, e) alone: training that was interrupted goes on bit for bit."
+    """The batches of one epoch, a function of (b.seed, e) alone: training that was
+    interrupted goes on bit for bit."""
     g = torch.Generator().manual_seed(int(digest(f"{b.seed}/{e}".encode()), 16) >> 1)
     n, device = len(b.labels), b.labels.device
     order = torch.randperm(n, generator=g) if b.shuffle else torch.arange(n)
     mirrored = torch.rand(n, generator=g) < 0.5
-    if device.type == "cuda": order, mirrored = order.pin_memory(), mirrored.pin_memory()
-    order, mirrored = order.to(device, non_blocking=True), mirrored.to(device, non_blocking=True)
+    if device.type == "cuda":
+        order, mirrored = order.pin_memory(), mirrored.pin_memory()
+    order, mirrored = order.to(device, non_blocking=True), mirrored.to(
+        device, non_blocking=True
+    )
     for k in range(start * b.batch_size, n, b.batch_size):
         i = order[k : k + b.batch_size]
         x = to_float(b.get(i))
-        if b.flip: x = torch.where(mirrored[k : k + b.batch_size, None, None, None], x.flip(-1), x)
+        if b.flip:
+            x = torch.where(
+                mirrored[k : k + b.batch_size, None, None, None], x.flip(-1), x
+            )
         yield x, b.labels[i]
 
 # %% ../nbs/01_data.ipynb #99454d45
 @dataclass
 class DataLoaders:
-    "The three splits of a data set; ValueError if their labels or shapes do not fit the description."
+    """The three splits of a data set; ValueError if their labels or shapes do not fit
+    the description."""
+
     train: Batches
     valid: Batches
     test: Batches
@@ -170,14 +277,21 @@ class DataLoaders:
     shape: tuple  # (C,H,W)
     classes: list  # num_classes names
     name: str = ""
-    dropped: dict = field(default_factory=dict, repr=False)  # {image: why it was left out}
+    # {image: why it was left out}
+    dropped: dict = field(default_factory=dict, repr=False)
+
     def __post_init__(self):
         for b in (self.train, self.valid, self.test):
             check_labels(b.labels, len(b.labels), self.num_classes)
-            if b.source.shape[1:] != (*self.shape,): raise ValueError(f"images are {tuple(b.source.shape[1:])}, not {self.shape}")
+            if b.source.shape[1:] != (*self.shape,):
+                raise ValueError(
+                    f"images are {tuple(b.source.shape[1:])}, not {self.shape}"
+                )
+
     def to(self, device):
         "Move images and labels; batches are made there."
-        for b in (self.train, self.valid, self.test): b.to(device)
+        for b in (self.train, self.valid, self.test):
+            b.to(device)
         return self
 
 # %% ../nbs/01_data.ipynb #cb323cc7
@@ -188,14 +302,24 @@ def clean_and_split(
     seed: int = 0,
     stable: bool = False,
 ):  # {'train', 'valid', 'test': Part}, {name: why it was left out}
-    "Remove duplicates, in train also those of valid and test, in valid those of test; then cut what is missing from train."
+    """Remove duplicates, in train also those of valid and test, in valid those of test;
+    then cut what is missing from train."""
     given, dropped = {k: parts[k] for k in ("valid", "test") if k in parts}, {}
-    if len(given) == 2: given["valid"], dropped = drop_duplicates(given["valid"], given["test"].pixels)
-    whole, twice = drop_duplicates(parts.get("all") or parts["train"], [k for p in given.values() for k in p.pixels])
+    if len(given) == 2:
+        given["valid"], dropped = drop_duplicates(given["valid"], given["test"].pixels)
+    whole, twice = drop_duplicates(
+        parts.get("all") or parts["train"],
+        [k for p in given.values() for k in p.pixels],
+    )
     dropped |= twice
     missing = {k: v for k, v in dict(valid=valid, test=test).items() if k not in given}
-    if len(whole.names) > len(missing): return split_part(whole, missing, seed, stable) | given, dropped
-    warnings.warn(f"only {len(whole.names)} images: {' and '.join(missing)} use the training images", stacklevel=2)
+    if len(whole.names) > len(missing):
+        return split_part(whole, missing, seed, stable) | given, dropped
+    warnings.warn(
+        f"only {len(whole.names)} images: {' and '.join(missing)} use the training"
+        " images",
+        stacklevel=2,
+    )
     return {"train": whole, **dict.fromkeys(missing, whole), **given}, dropped
 
 # %% ../nbs/01_data.ipynb #3811f8d0
@@ -204,12 +328,18 @@ def shapes_dls(
     batch_size: int = 64,
     seed: int = 0,
     sizes=None,  # images in train, valid, test; None: 50,000, 2,000, 5,000
-    objects=(1,),  # how many objects an image may have; with two, the label names the first
+    # how many objects an image may have; with two, the label names the first
+    objects=(1,),
 ) -> DataLoaders:
-    "Drawn images, none of them stored; the splits count from numbers so far apart that they never meet."
-    sets = [Shapes(n, img_size, seed, k << 40, objects) for k, n in enumerate(sizes or (50_000, 2_000, 5_000))]
+    """Drawn images, none of them stored; the splits count from numbers so far apart
+    that they never meet."""
+    sets = [
+        Shapes(n, img_size, seed, k << 40, objects)
+        for k, n in enumerate(sizes or (50_000, 2_000, 5_000))
+    ]
     b = [Batches(s, s.labels, batch_size, k == 0, seed) for k, s in enumerate(sets)]
     return DataLoaders(*b, len(SHAPES), sets[0].shape[1:], list(SHAPES), "shapes")
+
 
 def parts_dls(
     parts: dict,  # {'train', 'valid', 'test': Part}
@@ -222,36 +352,66 @@ def parts_dls(
 ) -> DataLoaders:
     "Batches of parts; only the training part is shuffled and mirrored."
     parts = [parts[k].limit(n) for k, n in zip(SPLITS, sizes or (None,) * 3)]
-    b = [Batches(p.images, p.labels, batch_size, k == 0, seed, flip and k == 0) for k, p in enumerate(parts)]
-    return DataLoaders(*b, len(classes), tuple(parts[0].images.shape[1:]), list(classes), **kw)
+    b = [
+        Batches(p.images, p.labels, batch_size, k == 0, seed, flip and k == 0)
+        for k, p in enumerate(parts)
+    ]
+    return DataLoaders(
+        *b, len(classes), tuple(parts[0].images.shape[1:]), list(classes), **kw
+    )
 
 # %% ../nbs/01_data.ipynb #c2720505
 def get_dls(
-    name_or_path,  # 'shapes', 'digits', 'mnist', 'fashion_mnist', 'cifar10', or a folder of images
+    # 'shapes', 'digits', 'mnist', 'fashion_mnist', 'cifar10', or a folder of images
+    name_or_path,
     img_size=32,  # side in pixels, or (height, width)
     batch_size: int = 64,
-    root=None,  # where named data sets live; None: $DDPM_COURSE_DATA, else a cache folder
+    # where named data sets live; None: $DDPM_COURSE_DATA, else a cache folder
+    root=None,
     seed: int = 0,  # of the split, the order, the flips, the drawn shapes
-    on_bad: str = "warn",  # image files that cannot be read: 'warn' and skip, or 'error'
-    flip: bool | None = None,  # mirror half of the training images; None: only for cifar10
+    # image files that cannot be read: 'warn' and skip, or 'error'
+    on_bad: str = "warn",
+    # mirror half of the training images; None: only for cifar10
+    flip: bool | None = None,
     download: bool = True,  # fetch named data sets that are not in root
     fit: str = "pad",  # 'pad' or 'crop', where the aspect differs
     channels: int | None = None,  # 1 or 3; None: as the images are
-    valid: float = 0.1,  # share of train for validation, where the data has no validation part
+    # share of train for validation, where the data has no validation part
+    valid: float = 0.1,
     sizes=None,  # at most so many images in train, valid, test
-    objects=(1,),  # in an image of 'shapes'; (1, 2): one or two, and the label names the first
+    # in an image of 'shapes'; (1, 2): one or two, and the label names the first
+    objects=(1,),
 ) -> DataLoaders:  # ValueError or FileNotFoundError with one sentence
     "Any of the course's data sets, or your own folder, as three splits of batches."
-    check_options(name_or_path, img_size, batch_size, fit, on_bad, channels, flip, valid, sizes)
-    if name_or_path == "shapes": return shapes_dls(img_size, batch_size, seed, sizes, objects)
+    check_options(
+        name_or_path, img_size, batch_size, fit, on_bad, channels, flip, valid, sizes
+    )
+    if name_or_path == "shapes":
+        return shapes_dls(img_size, batch_size, seed, sizes, objects)
     folder = is_path(name_or_path)
-    fill, slack = (None, 1.0) if folder or name_or_path == "cifar10" else (0, 1.25)  # ink on black: pad with black
-    def frame(u8): return fit_image(u8, img_size, fit, fill, slack)
-    parts, classes, dropped = load_parts(name_or_path, frame, channels, on_bad, root, download)
+    fill, slack = (
+        (None, 1.0) if folder or name_or_path == "cifar10" else (0, 1.25)
+    )  # ink on black: pad with black
+
+    def frame(u8):
+        return fit_image(u8, img_size, fit, fill, slack)
+
+    parts, classes, dropped = load_parts(
+        name_or_path, frame, channels, on_bad, root, download
+    )
     parts, twice = clean_and_split(parts, valid, seed=seed, stable=folder)
     name = Path(name_or_path).expanduser().resolve().name if folder else name_or_path
     flip = name == "cifar10" and not folder if flip is None else flip
-    return parts_dls(parts, classes, batch_size, seed, flip, sizes, name=name, dropped=dropped | twice)
+    return parts_dls(
+        parts,
+        classes,
+        batch_size,
+        seed,
+        flip,
+        sizes,
+        name=name,
+        dropped=dropped | twice,
+    )
 
 # %% ../nbs/01_data.ipynb #19de9f40
 def lesson_data(
@@ -259,11 +419,17 @@ def lesson_data(
     fallback: str = "digits",  # embedded data: 'digits' or 'shapes'
     **kw,  # as for get_dls
 ) -> DataLoaders:
-    "The named data set if its files are there, else the embedded one (always, in the ci tier); says which."
+    """The named data set if its files are there, else the embedded one (always, in the
+    ci tier); says which."""
     dls = None
     if tier() != "ci":
-        try: dls = get_dls(name, **{"download": False, **kw})
-        except FileNotFoundError: pass
+        try:
+            dls = get_dls(name, **{"download": False, **kw})
+        except FileNotFoundError:
+            pass
     dls = dls or get_dls(fallback, **kw)
-    print(f"{dls.name}: {len(dls.train.labels):,} training images, {'x'.join(map(str, dls.shape))}, {dls.num_classes} classes")
+    print(
+        f"{dls.name}: {len(dls.train.labels):,} training images,"
+        f" {'x'.join(map(str, dls.shape))}, {dls.num_classes} classes"
+    )
     return dls

@@ -13,63 +13,96 @@ from .process import Process
 
 # %% ../nbs/03_denoiser.ipynb #0aabbad6
 def eps_param(alpha, sigma):  # tensors of the same shape
-    "The network predicts the noise eps (Ho et al. 2020): (alpha, sigma) -> c_skip, c_out, c_in."
+    """The network predicts the noise eps (Ho et al. 2020): (alpha, sigma) -> c_skip,
+    c_out, c_in."""
     return 1 / alpha, -sigma / alpha, torch.ones_like(alpha)
+
 
 def x0_param(alpha, sigma):
     "The network predicts the clean image."
     return torch.zeros_like(alpha), torch.ones_like(alpha), torch.ones_like(alpha)
 
+
 def v_param(alpha, sigma):
-    "The network predicts v = alpha * eps - sigma * x0 (Salimans and Ho 2022); for alpha^2 + sigma^2 = 1."
+    """The network predicts v = alpha * eps - sigma * x0 (Salimans and Ho 2022); for
+    alpha^2 + sigma^2 = 1."""
     return alpha, -sigma, torch.ones_like(alpha)
+
 
 def score_param(alpha, sigma):
     "The network predicts sigma times the score, that is -eps (Song and Ermon 2019)."
     return 1 / alpha, sigma / alpha, torch.ones_like(alpha)
 
+
 def flow_param(alpha, sigma):
-    "The network predicts the velocity eps - x0; for alpha + sigma = 1 (Lipman et al. 2023)."
+    """The network predicts the velocity eps - x0; for alpha + sigma = 1 (Lipman et al.
+    2023)."""
     return torch.ones_like(alpha), -sigma, torch.ones_like(alpha)
 
 # %% ../nbs/03_denoiser.ipynb #c078ca58
 def edm_param(
     sigma_data: float = 0.5,  # standard deviation of the data
 ):  # (alpha, sigma) -> c_skip, c_out, c_in; alpha = 1 is table 1 of the paper
-    "Input and target have unit variance, and the network's errors are magnified least (Karras et al. 2022)."
+    """Input and target have unit variance, and the network's errors are magnified least
+    (Karras et al. 2022)."""
+
     def param(alpha, sigma):
         var = alpha**2 * sigma_data**2 + sigma**2  # of x_t
-        return alpha * sigma_data**2 / var, sigma * sigma_data / var.sqrt(), 1 / var.sqrt()
+        return (
+            alpha * sigma_data**2 / var,
+            sigma * sigma_data / var.sqrt(),
+            1 / var.sqrt(),
+        )
+
     param.config = dict(name="edm", sigma_data=sigma_data)
     return param
 
-PARAMS = dict(eps=eps_param, x0=x0_param, v=v_param, score=score_param, velocity=flow_param)
+
+PARAMS = dict(
+    eps=eps_param, x0=x0_param, v=v_param, score=score_param, velocity=flow_param
+)
 
 # %% ../nbs/03_denoiser.ipynb #79bd9335
-def _wide(v: Tensor) -> Tensor: return v if v.device.type == "mps" else v.double()  # float64 where the device has it
+def _wide(v: Tensor) -> Tensor:
+    # float64 where the device has it
+    return v if v.device.type == "mps" else v.double()
 
-def _times(t, x): return torch.as_tensor(t, device=x.device).expand(len(x))  # a number or (B,) -> (B,)
+
+def _times(t, x):
+    # a number or (B,) -> (B,)
+    return torch.as_tensor(t, device=x.device).expand(len(x))
+
 
 class Denoiser(nn.Module):
-    "A raw network made into an estimate of the clean image: x0_hat = c_skip * x_t + c_out * net(c_in * x_t, clock(t), cond)."
+    """A raw network made into an estimate of the clean image: x0_hat = c_skip * x_t +
+    c_out * net(c_in * x_t, clock(t), cond)."""
+
     def __init__(
         self,
         net: nn.Module,  # (x, clock, cond) -> something of x's shape
         process: Process,
-        param=eps_param,  # what the network predicts: (alpha, sigma) -> c_skip, c_out, c_in
+        # what the network predicts: (alpha, sigma) -> c_skip, c_out, c_in
+        param=eps_param,
     ):  # ValueError if the process cannot carry the prediction
         super().__init__()
         self.net, self.process, self.param = net, process, param
         scales = torch.stack(self.scales(process.t_max * torch.arange(1, 65) / 64))
-        if not (scales.abs() < 1e6).all():  # beyond this the rounding of x_t alone covers the image; NaN lands here too
-            raise ValueError(f"{getattr(param, '__name__', param)} does not work with {type(process).__name__}: its scales "
-                             "explode at the noise end, where alpha is 0; take x0_param, v_param or flow_param")
+        # beyond this the rounding of x_t alone covers the image; NaN lands here too
+        if not (scales.abs() < 1e6).all():
+            raise ValueError(
+                f"{getattr(param, '__name__', param)} does not work with"
+                f" {type(process).__name__}: its scales explode at the noise end, where"
+                " alpha is 0; take x0_param, v_param or flow_param"
+            )
 
     def scales(self, t: Tensor):  # (B,) -> c_skip, c_out, c_in, each (B,)
         return self.param(self.process.alpha(_wide(t)), self.process.sigma(_wide(t)))
 
-    def predict(self, x, t, cond):  # the raw network on the scaled input, back in the type of x
-        return self.net(bcast(self.scales(t)[2], x).to(x) * x, self.process.clock(t), cond).to(x.dtype)
+    # the raw network on the scaled input, back in the type of x
+    def predict(self, x, t, cond):
+        return self.net(
+            bcast(self.scales(t)[2], x).to(x) * x, self.process.clock(t), cond
+        ).to(x.dtype)
 
     def forward(
         self,
@@ -81,10 +114,14 @@ class Denoiser(nn.Module):
         c_skip, c_out, _ = (bcast(c, x).to(x) for c in self.scales(t))
         return c_skip * x + c_out * self.predict(x, t, cond)
 
-    def target(self, x0, eps, t):  # what the network should say, from its shares of x0 and eps (no cancellation)
+    # what the network should say, from its shares of x0 and eps (no cancellation)
+    def target(self, x0, eps, t):
         alpha, sigma = self.process.alpha(_wide(t)), self.process.sigma(_wide(t))
         c_skip, c_out, _ = self.param(alpha, sigma)
-        return bcast((1 - c_skip * alpha) / c_out, x0).to(x0) * x0 - bcast(c_skip * sigma / c_out, x0).to(x0) * eps
+        return (
+            bcast((1 - c_skip * alpha) / c_out, x0).to(x0) * x0
+            - bcast(c_skip * sigma / c_out, x0).to(x0) * eps
+        )
 
     def loss(
         self,
@@ -94,10 +131,20 @@ class Denoiser(nn.Module):
         eps: Tensor | None = None,  # (B, ...) noise; drawn if None
         generator=None,
     ) -> Tensor:  # (B,) mean squared error of the prediction, one value per example
-        t = self.process.sample_t(len(x0), x0.device, generator) if t is None else _times(t, x0)
-        if eps is None: eps = randn(x0.shape, generator, x0.device, x0.dtype)
+        t = (
+            self.process.sample_t(len(x0), x0.device, generator)
+            if t is None
+            else _times(t, x0)
+        )
+        if eps is None:
+            eps = randn(x0.shape, generator, x0.device, x0.dtype)
         x_t = self.process.add_noise(x0, t, eps)
-        return (self.predict(x_t, t, cond) - self.target(x0, eps, t)).pow(2).flatten(1).mean(1)
+        return (
+            (self.predict(x_t, t, cond) - self.target(x0, eps, t))
+            .pow(2)
+            .flatten(1)
+            .mean(1)
+        )
 
 # %% ../nbs/03_denoiser.ipynb #b3bacdf8
 def exact_weights(
@@ -105,46 +152,74 @@ def exact_weights(
     x0s: Tensor,  # (N, ...) the whole data set
     x: Tensor,  # (B, ...) noisy images
     t: Tensor,  # (B,) their times
-    allowed: Tensor | None = None,  # (B, N) bool, the members that are possible at all; None: all of them
+    # (B, N) bool, the members that are possible at all; None: all of them
+    allowed: Tensor | None = None,
 ) -> Tensor:  # (B, N) rows sum to 1; float64 where the device has it
-    "Bayes' rule on a finite set: how likely each member is to be the one that became x."
+    """Bayes' rule on a finite set: how likely each member is to be the one that became
+    x."""
     members, x = _wide(x0s).flatten(1), _wide(x).flatten(1)
-    alpha, sigma = (c(_wide(t)).to(members).reshape(-1, 1) for c in (process.alpha, process.sigma))  # (B,1)
+    alpha, sigma = (
+        c(_wide(t)).to(members).reshape(-1, 1) for c in (process.alpha, process.sigma)
+    )  # (B,1)
     half_sq = torch.linalg.vector_norm(members, dim=1) ** 2 / 2  # (N,)
     logits = alpha * (x @ members.T) - alpha**2 * half_sq  # (B,N), times 1 / sigma^2
-    if allowed is not None: logits = logits.masked_fill(~allowed, -torch.inf)
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
     logits = logits - logits.amax(1, keepdim=True)
     return (logits / sigma.pow(2).clamp(min=torch.finfo(members.dtype).tiny)).softmax(1)
 
 # %% ../nbs/03_denoiser.ipynb #d666191f
 def _members(x0s: Tensor, labels=None) -> Tensor:  # (N, D) in float64
-    if not x0s.is_floating_point(): raise ValueError(f"a data set of images in [-1, 1] is needed, not {x0s.dtype}: convert it with to_float")
-    if not len(x0s): raise ValueError("a data set with at least one member is needed, not an empty one")
-    if labels is not None and len(labels) != len(x0s): raise ValueError(f"{len(labels)} labels for {len(x0s)} members: each needs one")
+    if not x0s.is_floating_point():
+        raise ValueError(
+            f"a data set of images in [-1, 1] is needed, not {x0s.dtype}: convert it"
+            " with to_float"
+        )
+    if not len(x0s):
+        raise ValueError(
+            "a data set with at least one member is needed, not an empty one"
+        )
+    if labels is not None and len(labels) != len(x0s):
+        raise ValueError(f"{len(labels)} labels for {len(x0s)} members: each needs one")
     return _wide(x0s).flatten(1)
 
-def _same_label(labels, cond):  # (N,), (B,) -> (B,N); a label that no member carries allows all of them
+
+# (N,), (B,) -> (B,N); a label that no member carries allows all of them
+def _same_label(labels, cond):
     same = cond[:, None] == labels[None]
     return same | ~same.any(1, keepdim=True)
+
 
 def exact_denoiser(
     process: Process,
     x0s: Tensor,  # (N, ...) the whole data set, floats
     labels: Tensor | None = None,  # (N,) its labels, for conditional denoising
-    chunk: int = 128,  # noisy images handled at once: three tables of chunk * N float64 numbers
-):  # denoise(x, t, cond=None) -> x0_hat; cond: labels, where one that no member carries means 'no label'
-    "The best denoiser of a finite set: the average of its members, weighted by how likely each is to have become x_t."
+    # noisy images handled at once: three tables of chunk * N float64 numbers
+    chunk: int = 128,
+    # denoise(x, t, cond=None) -> x0_hat; cond: labels, where one that no member carries
+    # means 'no label'
+):
+    """The best denoiser of a finite set: the average of its members, weighted by how
+    likely each is to have become x_t."""
     members = _members(x0s, labels)
 
     def denoise(x, t, cond=None):
-        if x.shape[1:] != x0s.shape[1:]: raise ValueError(f"x has shape {tuple(x.shape)}, but the data set {tuple(x0s.shape)}: only the first number may differ")
-        if cond is not None and labels is None: raise ValueError("this exact denoiser was made without labels: it takes no condition")
+        if x.shape[1:] != x0s.shape[1:]:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, but the data set {tuple(x0s.shape)}:"
+                " only the first number may differ"
+            )
+        if cond is not None and labels is None:
+            raise ValueError(
+                "this exact denoiser was made without labels: it takes no condition"
+            )
         t, means = _times(t, x), []
         for i in range(0, max(len(x), 1), chunk):
             c = slice(i, i + chunk)
             allowed = None if cond is None else _same_label(labels, cond[c])
             means.append(exact_weights(process, members, x[c], t[c], allowed) @ members)
         return torch.cat(means).reshape(x.shape).to(x)
+
     return denoise
 
 # %% ../nbs/03_denoiser.ipynb #e89115e4
@@ -156,23 +231,53 @@ def loss_floor(
     t: Tensor,  # (K,) times above 0, or one time
     n: int = 256,  # noisy images per time
     generator=None,  # a torch.Generator
-    labels: Tensor | None = None,  # (N,) given: the floor for a network that is told the label
+    # (N,) given: the floor for a network that is told the label
+    labels: Tensor | None = None,
     with_error: bool = False,  # also return the standard error of each value
     chunk: int = 128,  # noisy images handled at once
-):  # (K,) the least mean squared error per number that any network can reach on this set; or (floor, error)
-    "What is left of the loss when the network is the exact denoiser: the part of the target that x_t does not determine."
-    if n < 2: raise ValueError(f"n is the number of noisy images per time, at least 2, not {n}")
-    members, t = _members(x0s, labels), torch.as_tensor(t, device=x0s.device).reshape(-1)
+    # (K,) the least mean squared error per number that any network can reach on this
+    # set; or (floor, error)
+):
+    """What is left of the loss when the network is the exact denoiser: the part of the
+    target that x_t does not determine."""
+    if n < 2:
+        raise ValueError(
+            f"n is the number of noisy images per time, at least 2, not {n}"
+        )
+    members, t = _members(x0s, labels), torch.as_tensor(t, device=x0s.device).reshape(
+        -1
+    )
     c_out = param(process.alpha(_wide(t)), process.sigma(_wide(t)))[1].to(members)
-    if not (c_out != 0).all(): raise ValueError(f"there is no loss where c_out is 0: the times must be above 0, not {t.min().item():g}")
-    members = members - members.mean(0)  # a shift changes no variance, and smaller numbers round less
+    if not (c_out != 0).all():
+        raise ValueError(
+            "there is no loss where c_out is 0: the times must be above 0, not"
+            f" {t.min().item():g}"
+        )
+    # a shift changes no variance, and smaller numbers round less
+    members = members - members.mean(0)
     sq = members.pow(2).sum(1)
     at, spread = x0s.device if generator is None else generator.device, []
     for one in t.repeat_interleave(n).split(chunk):
-        pick = torch.randint(len(members), (len(one),), generator=generator, device=at).to(members.device)
-        x_t = process.add_noise(members[pick], one, randn((len(one), members.shape[1]), generator, members.device, members.dtype))
-        w = exact_weights(process, members, x_t, one, None if labels is None else _same_label(labels, labels[pick]))
-        spread.append((w @ sq - (w @ members).pow(2).sum(1)).clamp(min=0) / members.shape[1])
+        pick = torch.randint(
+            len(members), (len(one),), generator=generator, device=at
+        ).to(members.device)
+        x_t = process.add_noise(
+            members[pick],
+            one,
+            randn(
+                (len(one), members.shape[1]), generator, members.device, members.dtype
+            ),
+        )
+        w = exact_weights(
+            process,
+            members,
+            x_t,
+            one,
+            None if labels is None else _same_label(labels, labels[pick]),
+        )
+        spread.append(
+            (w @ sq - (w @ members).pow(2).sum(1)).clamp(min=0) / members.shape[1]
+        )
     spread = torch.cat(spread).reshape(len(t), n) / c_out[:, None] ** 2
     floor, error = (v.to(x0s.dtype) for v in (spread.mean(1), spread.std(1) / n**0.5))
     return (floor, error) if with_error else floor

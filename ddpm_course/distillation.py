@@ -16,36 +16,71 @@ from .process import Process
 from .sampling import clip_x0, euler
 from .solvers import linear_part
 
+
 class Distilled(Denoiser):
-    "A student that learns to make several DDIM steps of a teacher in one (Salimans and Ho 2022, algorithm 2)."
+    """A student that learns to make several DDIM steps of a teacher in one (Salimans
+    and Ho 2022, algorithm 2)."""
+
     def __init__(
         self,
         net: nn.Module,  # the student's network, best a copy of the teacher's
         process: Process,
-        param,  # what it predicts: any but eps, which says nothing of x0 where alpha is nearly 0
+        # what it predicts: any but eps, which says nothing of x0 where alpha is nearly
+        # 0
+        param,
         teacher,  # (x, t, cond) -> x0_hat; not among the student's weights
         ts: Tensor,  # (n+1,) the student's times, such as process.steps(n)
         k: int = 2,  # steps of the teacher to one of the student's
     ):  # ValueError for k < 1
         super().__init__(net, process, param)
-        if k < 1: raise ValueError(f"the teacher takes at least 1 step for each of the student's, not {k}")
+        if k < 1:
+            raise ValueError(
+                f"the teacher takes at least 1 step for each of the student's, not {k}"
+            )
         self.ts, self.k, self.teacher = ts, k, lambda x, t, cond: teacher(x, t, cond)
 
     @torch.no_grad()
-    def lesson(self, x, t, s, cond=None) -> Tensor:  # the answer that makes one step land where the teacher's k do
-        t, s, end, (shrink, gain, _) = _wide(t), _wide(s), x, linear_part(self.process, t, s)
+    # the answer that makes one step land where the teacher's k do
+    def lesson(self, x, t, s, cond=None) -> Tensor:
+        t, s, end, (shrink, gain, _) = (
+            _wide(t),
+            _wide(s),
+            x,
+            linear_part(self.process, t, s),
+        )
         way = [t + (s - t) * i / self.k for i in range(self.k + 1)]
-        for a, b in zip(way, way[1:]): end = euler(lambda x, t: self.teacher(x, t, cond), self.process, end, a, b)[0]
+        for a, b in zip(way, way[1:]):
+            end = euler(lambda x, t: self.teacher(x, t, cond), self.process, end, a, b)[
+                0
+            ]
         return (end - bcast(shrink, x).to(x) * x) / bcast(gain, x).to(x)
 
-    def loss(self, x0, cond=None, t=None, eps=None, generator=None) -> Tensor:  # (B,); only at the student's times: t means the nearest of them
-        at, ts = x0.device if generator is None else generator.device, self.ts.to(x0.device)
-        if t is None: i = torch.randint(len(ts) - 1, (len(x0),), generator=generator, device=at).to(x0.device)
-        else: i = (ts[:-1] - torch.as_tensor(t, device=x0.device).reshape(-1, 1)).abs().argmin(1).expand(len(x0))
-        t, s, eps = ts[i], ts[i + 1], randn(x0.shape, generator, x0.device, x0.dtype) if eps is None else eps
+    # (B,); only at the student's times: t means the nearest of them
+    def loss(self, x0, cond=None, t=None, eps=None, generator=None) -> Tensor:
+        at, ts = x0.device if generator is None else generator.device, self.ts.to(
+            x0.device
+        )
+        if t is None:
+            i = torch.randint(
+                len(ts) - 1, (len(x0),), generator=generator, device=at
+            ).to(x0.device)
+        else:
+            i = (
+                (ts[:-1] - torch.as_tensor(t, device=x0.device).reshape(-1, 1))
+                .abs()
+                .argmin(1)
+                .expand(len(x0))
+            )
+        t, s, eps = (
+            ts[i],
+            ts[i + 1],
+            randn(x0.shape, generator, x0.device, x0.dtype) if eps is None else eps,
+        )
         x = self.process.add_noise(x0, t, eps)
         miss = self(x, t, cond) - self.lesson(x, t, s, cond)
-        return (miss / bcast(self.scales(t)[1], x).to(x)).pow(2).flatten(1).mean(1)  # in units of the raw network, as in any training
+        return (
+            (miss / bcast(self.scales(t)[1], x).to(x)).pow(2).flatten(1).mean(1)
+        )  # in units of the raw network, as in any training
 
 # %% ../nbs/14b_few_steps.ipynb #65816926
 def distil(
@@ -53,12 +88,31 @@ def distil(
     n: int,  # steps that the student will walk
     scale: float = 1.0,  # guidance of the teacher; its students need none
     k: int = 2,  # steps of the teacher to one of the student's
-):  # a Diffusion that starts as a copy of the teacher: train it with fit, then sample with n_steps=n; ValueError for a guided teacher without labels
+    # a Diffusion that starts as a copy of the teacher: train it with fit, then sample
+    # with n_steps=n; ValueError for a guided teacher without labels
+):
     "A student for progressive distillation."
-    if scale != 1 and not diff.num_classes: raise ValueError(f"guidance {scale} needs a teacher with labels, this one was trained without")
+    if scale != 1 and not diff.num_classes:
+        raise ValueError(
+            f"guidance {scale} needs a teacher with labels, this one was trained"
+            " without"
+        )
     known, null = copy.deepcopy(diff.ema_model), diff.null
-    guided = known if scale == 1 else lambda x, t, cond: cfg(known, cond, scale, null)(x, t)
-    student = type(diff).from_config(diff.config | dict(p_uncond=0.0), diff.device, copy.deepcopy(known.net).requires_grad_(True))
-    student.model = Distilled(student.model.net, student.process, student.model.param, clip_x0(guided), student.process.steps(n, diff.device), k)
+    guided = (
+        known if scale == 1 else lambda x, t, cond: cfg(known, cond, scale, null)(x, t)
+    )
+    student = type(diff).from_config(
+        diff.config | dict(p_uncond=0.0),
+        diff.device,
+        copy.deepcopy(known.net).requires_grad_(True),
+    )
+    student.model = Distilled(
+        student.model.net,
+        student.process,
+        student.model.param,
+        clip_x0(guided),
+        student.process.steps(n, diff.device),
+        k,
+    )
     student.ema_model = copy.deepcopy(student.model).eval().requires_grad_(False)
     return student

@@ -14,7 +14,14 @@ from .process import NO_FLOAT64, Process
 from .sampling import heun
 from .sde import time_of
 
-def _finest(device): return torch.float32 if torch.device(device or "cpu").type in NO_FLOAT64 else torch.float64
+
+def _finest(device):
+    return (
+        torch.float32
+        if torch.device(device or "cpu").type in NO_FLOAT64
+        else torch.float64
+    )
+
 
 def rho_levels(
     n: int,  # how many
@@ -22,16 +29,33 @@ def rho_levels(
     sigma_min: float = 0.002,  # the last
     rho: float = 7.0,  # 1: evenly spaced; more: denser at low noise
     device=None,
-) -> Tensor:  # (n,) falling, float64 where the device has it; ValueError: n < 1, rho or the levels not in order
+    # (n,) falling, float64 where the device has it; ValueError: n < 1, rho or the
+    # levels not in order
+) -> Tensor:
     "Noise levels that are evenly spaced in sigma^(1/rho) (Karras et al. 2022, eq. 5)."
-    if n < 1: raise ValueError(f"sampling needs at least 1 step, not {n}")
-    if not (rho > 0 and 0 < sigma_min < sigma_max): raise ValueError(f"levels fall, 0 < sigma_min < sigma_max, and rho is above 0: not {sigma_min}, {sigma_max} and {rho}")
-    lo, hi, share = sigma_min ** (1 / rho), sigma_max ** (1 / rho), torch.linspace(0, 1, n, dtype=torch.float64, device="cpu")
-    return (((1 - share) * hi + share * lo) ** rho).clamp(sigma_min, sigma_max).to(device, _finest(device))
+    if n < 1:
+        raise ValueError(f"sampling needs at least 1 step, not {n}")
+    if not (rho > 0 and 0 < sigma_min < sigma_max):
+        raise ValueError(
+            "levels fall, 0 < sigma_min < sigma_max, and rho is above 0: not"
+            f" {sigma_min}, {sigma_max} and {rho}"
+        )
+    lo, hi, share = (
+        sigma_min ** (1 / rho),
+        sigma_max ** (1 / rho),
+        torch.linspace(0, 1, n, dtype=torch.float64, device="cpu"),
+    )
+    return (
+        (((1 - share) * hi + share * lo) ** rho)
+        .clamp(sigma_min, sigma_max)
+        .to(device, _finest(device))
+    )
 
 # %% ../nbs/12_edm.ipynb #e0000029
 class EDM(Process):
-    "Noise is only added, and time is its standard deviation: sigma(t) = t (Karras et al. 2022)."
+    """Noise is only added, and time is its standard deviation: sigma(t) = t (Karras et
+    al. 2022)."""
+
     def __init__(
         self,
         sigma_min: float = 0.002,  # the last level before 0
@@ -42,55 +66,102 @@ class EDM(Process):
     ):  # ValueError unless 0 < sigma_min < sigma_max, rho > 0
         super().__init__()
         rho_levels(1, sigma_max, sigma_min, rho)  # refuses what makes no sense
-        self.sigma_min, self.t_max, self.rho, self.p_mean, self.p_std = sigma_min, float(sigma_max), rho, p_mean, p_std
-        self.config = dict(name="edm", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, p_mean=p_mean, p_std=p_std)
+        self.sigma_min, self.t_max, self.rho, self.p_mean, self.p_std = (
+            sigma_min,
+            float(sigma_max),
+            rho,
+            p_mean,
+            p_std,
+        )
+        self.config = dict(
+            name="edm",
+            sigma_min=sigma_min,
+            sigma_max=sigma_max,
+            rho=rho,
+            p_mean=p_mean,
+            p_std=p_std,
+        )
 
-    def alpha(self, t): return torch.ones_like(t)
-    def sigma(self, t): return t
-    def clock(self, t): return (1000 * (t / self.sigma_min).log() / math.log(self.t_max / self.sigma_min)).clamp(0, 1000)  # the paper: log(sigma) / 4
+    def alpha(self, t):
+        return torch.ones_like(t)
+
+    def sigma(self, t):
+        return t
+
+    def clock(self, t):
+        return (
+            1000 * (t / self.sigma_min).log() / math.log(self.t_max / self.sigma_min)
+        ).clamp(
+            0, 1000
+        )  # the paper: log(sigma) / 4
+
     def sample_t(self, n, device=None, generator=None):
-        return (self.p_mean + self.p_std * randn((n,), generator, device)).exp().clamp(self.sigma_min, self.t_max)
+        return (
+            (self.p_mean + self.p_std * randn((n,), generator, device))
+            .exp()
+            .clamp(self.sigma_min, self.t_max)
+        )
+
     def steps(self, n, device=None):
         levels = rho_levels(n, self.t_max, self.sigma_min, self.rho, device)
         return torch.cat([levels, levels.new_zeros(1)])
 
 # %% ../nbs/12_edm.ipynb #c2afbdfc
-def _level_steps(process, levels, sigma_max, device):  # times of levels(top), which fall from the level top, then 0
+# times of levels(top), which fall from the level top, then 0
+def _level_steps(process, levels, sigma_max, device):
     end = torch.full((1,), float(process.t_max), dtype=torch.float64)
     strongest = (process.sigma(end) / process.alpha(end)).item()
     times = time_of(process, levels(min(sigma_max or 80.0, strongest)))
-    if sigma_max is None or sigma_max >= strongest: times[0] = process.t_max
+    if sigma_max is None or sigma_max >= strongest:
+        times[0] = process.t_max
     return torch.cat([times, times.new_zeros(1)]).to(device, _finest(device))
+
 
 def rho_steps(
     process: Process,
     n: int,  # steps
-    sigma_max: float | None = None,  # noise level sigma / alpha to start at; None: t_max itself, then levels as from 80
+    # noise level sigma / alpha to start at; None: t_max itself, then levels as from 80
+    sigma_max: float | None = None,
     sigma_min: float = 0.002,  # the last level before 0
     rho: float = 7.0,
     device=None,
 ) -> Tensor:  # (n+1,) times, falling to 0, float64 where the device has it
     "EDM's grid for any process: the times at which it has those noise levels."
-    return _level_steps(process, lambda top: rho_levels(n, top, sigma_min, rho), sigma_max, device)
+    return _level_steps(
+        process, lambda top: rho_levels(n, top, sigma_min, rho), sigma_max, device
+    )
 
 # %% ../nbs/12_edm.ipynb #e0000036
 def churn(
-    gamma: float = 0.1,  # share by which the noise level is raised before the step, at most sqrt(2) - 1; the paper's S_churn / n
+    # share by which the noise level is raised before the step, at most sqrt(2) - 1; the
+    # paper's S_churn / n
+    gamma: float = 0.1,
     low: float = 0.05,  # only between these noise levels
     high: float = 50.0,
-    extra: float = 1.003,  # the fresh noise is a little stronger than it should be: the paper's S_noise
+    # the fresh noise is a little stronger than it should be: the paper's S_noise
+    extra: float = 1.003,
     step=heun,  # the step after it
-):  # a step: (denoise, process, x, t, s, generator) -> x_s, x0_hat; ValueError for a gamma below 0
-    "EDM's stochastic sampler: add a little noise, then step back down past where you were (Karras et al. 2022, algorithm 2)."
-    if not gamma >= 0: raise ValueError(f"gamma is a share of the noise level, 0 or more, not {gamma}")
+    # a step: (denoise, process, x, t, s, generator) -> x_s, x0_hat; ValueError for a
+    # gamma below 0
+):
+    """EDM's stochastic sampler: add a little noise, then step back down past where you
+    were (Karras et al. 2022, algorithm 2)."""
+    if not gamma >= 0:
+        raise ValueError(f"gamma is a share of the noise level, 0 or more, not {gamma}")
+
     def churned(denoise, process, x, t, s, generator=None, **kw):
         level = (process.sigma(t) / process.alpha(t)).cpu().double()
-        on, (once, back) = (level >= low) & (level <= high), level.unique(return_inverse=True)
+        on, (once, back) = (level >= low) & (level <= high), level.unique(
+            return_inverse=True
+        )
         raised = time_of(process, once * (1 + min(gamma, 2**0.5 - 1)))[back]
-        t_hat = torch.where(on, raised, t.cpu().double()).to(t.device, _finest(t.device))
+        t_hat = torch.where(on, raised, t.cpu().double()).to(
+            t.device, _finest(t.device)
+        )
         (a, s_t), (a_hat, s_hat) = process.coeffs(t, x), process.coeffs(t_hat, x)
         keep = torch.where(bcast(on.to(x.device), x), a_hat / a, 1)
         fresh = (s_hat**2 - (keep * s_t) ** 2).clamp(min=0).sqrt()
         x = keep * x + extra * fresh * randn(x.shape, generator, x.device, x.dtype)
         return step(denoise, process, x, t_hat, s, generator=generator, **kw)
+
     return churned

@@ -10,17 +10,27 @@ from torch import nn
 # %% ../nbs/07_ema.ipynb #38eb18de
 class EMA:
     "Exponential moving average of a model's weights; buffers are copied."
+
     def __init__(
         self,
-        beta: float = 0.995,  # share of the old average that each step keeps, in [0, 1); the horizon is 1 / (1 - beta) steps
-        warmup: bool = True,  # begin with a short horizon: beta grows as (1 + n) / (10 + n)
+        # share of the old average that each step keeps, in [0, 1); the horizon is 1 /
+        # (1 - beta) steps
+        beta: float = 0.995,
+        # begin with a short horizon: beta grows as (1 + n) / (10 + n)
+        warmup: bool = True,
     ):  # ValueError for another beta
-        if not 0 <= beta < 1: raise ValueError(f"beta is the share of the average that is kept, from 0 to just under 1, not {beta}")
+        if not 0 <= beta < 1:
+            raise ValueError(
+                "beta is the share of the average that is kept, from 0 to just under"
+                f" 1, not {beta}"
+            )
         self.beta, self.warmup, self.step = beta, warmup, 0
 
-    def current_beta(self, step_start_ema: int = 0) -> float:  # what the next step keeps of the average
+    # what the next step keeps of the average
+    def current_beta(self, step_start_ema: int = 0) -> float:
         n = self.step - step_start_ema
-        if n < 0: return 0.0  # not averaging yet: follow the weights
+        if n < 0:
+            return 0.0  # not averaging yet: follow the weights
         return min(self.beta, (1 + n) / (10 + n)) if self.warmup else self.beta
 
     @torch.no_grad()
@@ -30,16 +40,35 @@ class EMA:
         model: nn.Module,  # holds the weights of the moment
         step_start_ema: int = 0,  # before this step the average is a copy
     ):  # ValueError for models of another shape
-        "average <- beta * average + (1 - beta) * weights, for all parameters in one call."
-        pairs = [(list(a), list(b)) for a, b in ((ema_model.parameters(), model.parameters()), (ema_model.buffers(), model.buffers()))]
+        """average <- beta * average + (1 - beta) * weights, for all parameters in one
+        call."""
+        pairs = [
+            (list(a), list(b))
+            for a, b in (
+                (ema_model.parameters(), model.parameters()),
+                (ema_model.buffers(), model.buffers()),
+            )
+        ]
         if any([x.shape for x in a] != [x.shape for x in b] for a, b in pairs):
-            raise ValueError("the averaged model and the trained one differ in shape: make the first with copy.deepcopy")
+            raise ValueError(
+                "the averaged model and the trained one differ in shape: make the first"
+                " with copy.deepcopy"
+            )
         torch._foreach_lerp_(*pairs[0], 1 - self.current_beta(step_start_ema))
-        for old, new in zip(*pairs[1]): old.copy_(new)
+        for old, new in zip(*pairs[1]):
+            old.copy_(new)
         self.step += 1
 
-    def state_dict(self) -> dict: return dict(beta=self.beta, warmup=self.warmup, step=self.step)  # plain numbers: fits JSON
+    def state_dict(self) -> dict:
+        # plain numbers: fits JSON
+        return dict(beta=self.beta, warmup=self.warmup, step=self.step)
 
-    def load_state_dict(self, state: dict):  # ValueError if something is missing, such as the step
-        if missing := self.state_dict().keys() - state.keys(): raise ValueError(f"saved EMA state lacks {', '.join(sorted(missing))}")
-        self.beta, self.warmup, self.step = state["beta"], state["warmup"], state["step"]
+    # ValueError if something is missing, such as the step
+    def load_state_dict(self, state: dict):
+        if missing := self.state_dict().keys() - state.keys():
+            raise ValueError(f"saved EMA state lacks {', '.join(sorted(missing))}")
+        self.beta, self.warmup, self.step = (
+            state["beta"],
+            state["warmup"],
+            state["step"],
+        )

@@ -10,32 +10,79 @@ import warnings
 import torch
 from torch import Tensor
 
-from .features import Inception, RandomFeatures, as_float, check_finite, check_fit, check_range, check_sizes, check_tensor, checked, distances, extract, feature_sets, inception_features, pixel_features
+from ddpm_course.features import (
+    Inception,
+    RandomFeatures,
+    as_float,
+    check_finite,
+    check_fit,
+    check_range,
+    check_sizes,
+    check_tensor,
+    checked,
+    distances,
+    extract,
+    feature_sets,
+    inception_features,
+    pixel_features,
+)
 from .files import check_count
-from .judge import Classifier, classifier_for, label_accuracy, predict, shift, shipped_classifier, ships, test_accuracy, train_classifier
+from ddpm_course.judge import (
+    Classifier,
+    classifier_for,
+    label_accuracy,
+    predict,
+    shift,
+    shipped_classifier,
+    ships,
+    test_accuracy,
+    train_classifier,
+)
 
 # %% ../nbs/09_evaluation.ipynb #872c6822
 def frechet_distance(
     fa: Tensor,  # (N,D) features of generated images
     fb: Tensor,  # (M,D) features of real ones
-) -> float:  # ValueError for fewer than 2 in a set; a warning where D features are too many for them
-    "Squared Wasserstein-2 distance of two Gaussians with the means and covariances of the sets (Heusel et al. 2017, eq. 6)."
+    # ValueError for fewer than 2 in a set; a warning where D features are too many for
+    # them
+) -> float:
+    """Squared Wasserstein-2 distance of two Gaussians with the means and covariances of
+    the sets (Heusel et al. 2017, eq. 6)."""
     fa, fb = feature_sets(fa, fb)
     n, D = min(len(fa), len(fb)), fa.shape[1]
-    if n < 2: raise ValueError(f"a covariance needs at least 2 samples, and many more than the {D} features; one set has {n}")
-    if n <= D: warnings.warn(f"{n} samples for {D} features: the covariance is singular and the distance far too large; use more samples or fewer features, "
-                             "or kid, which has no such bias", stacklevel=2)
-    roots = [torch.linalg.qr((f - f.mean(0)) / (len(f) - 1) ** 0.5, mode="r").R for f in (fa, fb)]  # R.T @ R is the covariance
-    overlap = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()  # the trace of (C_a C_b)^(1/2)
-    d = (fa.mean(0) - fb.mean(0)).pow(2).sum() + sum(R.pow(2).sum() for R in roots) - 2 * overlap
+    if n < 2:
+        raise ValueError(
+            f"a covariance needs at least 2 samples, and many more than the {D}"
+            f" features; one set has {n}"
+        )
+    if n <= D:
+        warnings.warn(
+            f"{n} samples for {D} features: the covariance is singular and the distance"
+            " far too large; use more samples or fewer features, or kid, which has no"
+            " such bias",
+            stacklevel=2,
+        )
+    roots = [
+        torch.linalg.qr((f - f.mean(0)) / (len(f) - 1) ** 0.5, mode="r").R
+        for f in (fa, fb)
+    ]  # R.T @ R is the covariance
+    # the trace of (C_a C_b)^(1/2)
+    overlap = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    d = (
+        (fa.mean(0) - fb.mean(0)).pow(2).sum()
+        + sum(R.pow(2).sum() for R in roots)
+        - 2 * overlap
+    )
     return max(d.item(), 0.0)  # rounding may leave -1e-15
+
 
 def fid(
     a: Tensor,  # generated images, or their features (N,D)
     b: Tensor,  # real ones
     features=None,  # batch -> (N,D), see `extract`; None: a and b are features
 ) -> float:
-    "Frechet distance of two sets of images, seen through features; 'inception' in the name only if these are Inception's."
+    """Frechet distance of two sets of images, seen through features; 'inception' in the
+    name only if these are Inception's."""
     return frechet_distance(*feature_sets(a, b, features))
 
 # %% ../nbs/09_evaluation.ipynb #5a203e71
@@ -43,28 +90,53 @@ def mmd(
     x: Tensor,  # (N,D)
     y: Tensor,  # (M,D)
 ) -> Tensor:  # () unbiased, so that it may be negative
-    "Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 (Gretton et al. 2012, eq. 3; Binkowski et al. 2018)."
-    def k(a, b): return (a @ b.T / a.shape[1] + 1) ** 3
-    def within(a): return (k(a, a).sum() - k(a, a).diagonal().sum()) / (len(a) * (len(a) - 1))  # no image with itself
+    """Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 (Gretton et al.
+    2012, eq. 3; Binkowski et al. 2018)."""
+
+    def k(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a):
+        return (k(a, a).sum() - k(a, a).diagonal().sum()) / (
+            len(a) * (len(a) - 1)
+        )  # no image with itself
+
     return within(x) + within(y) - 2 * k(x, y).mean()
 
 # %% ../nbs/09_evaluation.ipynb #e5b251bf
 def kernel_distance(
     fa: Tensor,  # (N,D) features of generated images
-    fb: Tensor,  # (M,D) features of other, real ones; both sets drawn at random: with equal numbers of each class 0 is not the average
-    subsets: int = 10,  # disjoint parts, each compared by itself: their spread is the error, a poor one for fewer than ten
+    # (M,D) features of other, real ones; both sets drawn at random: with equal numbers
+    # of each class 0 is not the average
+    fb: Tensor,
+    # disjoint parts, each compared by itself: their spread is the error, a poor one for
+    # fewer than ten
+    subsets: int = 10,
     size: int | None = None,  # images per part; None: all there are
     seed: int = 0,  # of the division into parts
 ):  # (mean, standard error); ValueError if there are too few for that many parts
-    "Kernel distance, 0 on average for two sets from the same source however few there are; below 0 for a set and itself, which are not two."
-    if subsets < 1: raise ValueError(f"subsets is a number of parts, at least 1, not {subsets}")
+    """Kernel distance, 0 on average for two sets from the same source however few there
+    are; below 0 for a set and itself, which are not two."""
+    if subsets < 1:
+        raise ValueError(f"subsets is a number of parts, at least 1, not {subsets}")
     fa, fb = feature_sets(fa, fb)
-    sizes, g = [size or len(f) // subsets for f in (fa, fb)], torch.Generator().manual_seed(seed)
+    sizes, g = [
+        size or len(f) // subsets for f in (fa, fb)
+    ], torch.Generator().manual_seed(seed)
     if min(sizes) < 2 or any(n * subsets > len(f) for n, f in zip(sizes, (fa, fb))):
-        raise ValueError(f"sets of {len(fa)} and {len(fb)} do not hold {subsets} parts of {size or 'at least 2'} images each: take fewer subsets")
-    parts = [f[torch.randperm(len(f), generator=g)[: n * subsets]].split(n) for f, n in zip((fa, fb), sizes)]
+        raise ValueError(
+            f"sets of {len(fa)} and {len(fb)} do not hold {subsets} parts of"
+            f" {size or 'at least 2'} images each: take fewer subsets"
+        )
+    parts = [
+        f[torch.randperm(len(f), generator=g)[: n * subsets]].split(n)
+        for f, n in zip((fa, fb), sizes)
+    ]
     d = torch.stack([mmd(x, y) for x, y in zip(*parts)])
-    return d.mean().item(), (d.std() / subsets**0.5).item() if subsets > 1 else float("nan")
+    return d.mean().item(), (
+        (d.std() / subsets**0.5).item() if subsets > 1 else float("nan")
+    )
+
 
 def kid(
     a: Tensor,  # generated images, or their features (N,D)
@@ -72,7 +144,8 @@ def kid(
     features=None,  # batch -> (N,D), see `extract`; None: a and b are features
     **kw,  # subsets, size, seed of kernel_distance
 ):  # (mean, standard error)
-    "Kernel distance of two sets of images, seen through features (Binkowski et al. 2018)."
+    """Kernel distance of two sets of images, seen through features (Binkowski et al.
+    2018)."""
     return kernel_distance(*feature_sets(a, b, features), **kw)
 
 # %% ../nbs/09_evaluation.ipynb #5617da04
@@ -81,22 +154,39 @@ def radii(
     k: int,
 ) -> Tensor:  # (N,); ValueError if there is no k-th neighbour
     "How far each one's k-th nearest neighbour in its own set is."
-    if k < 1: raise ValueError(f"k is at least 1, not {k}")
-    if k >= len(f): raise ValueError(f"a neighbour number {k} takes at least {k + 1} samples, not {len(f)}")
-    return torch.cat([distances(c, f).kthvalue(k + 1).values for c in f.split(1000)])  # the nearest is itself
+    if k < 1:
+        raise ValueError(f"k is at least 1, not {k}")
+    if k >= len(f):
+        raise ValueError(
+            f"a neighbour number {k} takes at least {k + 1} samples, not {len(f)}"
+        )
+    return torch.cat(
+        [distances(c, f).kthvalue(k + 1).values for c in f.split(1000)]
+    )  # the nearest is itself
+
 
 def precision_recall(
     a: Tensor,  # generated images, or their features (N,D)
-    b: Tensor,  # real ones; as many, since the size of a ball depends on how many there are
+    # real ones; as many, since the size of a ball depends on how many there are
+    b: Tensor,
     features=None,  # batch -> (N,D), see `extract`; None: a and b are features
     k: int = 3,  # a ball reaches to the k-th neighbour
 ) -> dict:  # precision, recall, f1, each in [0, 1]; a warning for sets of other sizes
-    "Share of generated images in a ball around a real one, of real images in a ball around a generated one (Kynkaanniemi et al. 2019)."
+    """Share of generated images in a ball around a real one, of real images in a ball
+    around a generated one (Kynkaanniemi et al. 2019)."""
     a, b = feature_sets(a, b, features)
     check_sizes(a, b)
+
     def share(points, centres):
-        r = radii(centres, k) * (1 + 1e-9)  # the boundary belongs to the ball, whatever the rounding
-        return torch.cat([(distances(c, centres) <= r).any(1) for c in points.split(1000)]).double().mean().item()
+        # the boundary belongs to the ball, whatever the rounding
+        r = radii(centres, k) * (1 + 1e-9)
+        return (
+            torch.cat([(distances(c, centres) <= r).any(1) for c in points.split(1000)])
+            .double()
+            .mean()
+            .item()
+        )
+
     p, r = share(a, b), share(b, a)
     return dict(precision=p, recall=r, f1=2 * p * r / (p + r) if p + r else 0.0)
 
@@ -106,14 +196,22 @@ def density_coverage(
     b: Tensor,  # real ones; as many, since fewer generated ones reach fewer balls
     features=None,  # batch -> (N,D), see `extract`; None: a and b are features
     k: int = 5,  # a ball reaches to the k-th neighbour
-) -> dict:  # density (1 for the same source), coverage in [0, 1] (1 - 2**-k for the same source and many samples); a warning for sets of other sizes
-    "How many real balls a generated image is in, over k; share of the real balls with a generated image in them (Naeem et al. 2020)."
+    # density (1 for the same source), coverage in [0, 1] (1 - 2**-k for the same source
+    # and many samples); a warning for sets of other sizes
+) -> dict:
+    """How many real balls a generated image is in, over k; share of the real balls with
+    a generated image in them (Naeem et al. 2020)."""
     a, b = feature_sets(a, b, features)
     check_sizes(a, b)
-    r, hits, covered = radii(b, k) * (1 - 1e-9), 0, torch.zeros(len(b), dtype=torch.bool)
+    r, hits, covered = (
+        radii(b, k) * (1 - 1e-9),
+        0,
+        torch.zeros(len(b), dtype=torch.bool),
+    )
     for chunk in a.split(1000):
         d = distances(chunk, b)
-        inside = (d < r) | (d == 0)  # where b holds copies, a ball may be a point: it holds what is there
+        # where b holds copies, a ball may be a point: it holds what is there
+        inside = (d < r) | (d == 0)
         hits, covered = hits + inside.sum().item(), covered | inside.any(0)
     return dict(density=hits / (k * len(a)), coverage=covered.double().mean().item())
 
@@ -123,62 +221,116 @@ def nearest_neighbours(
     b: Tensor,  # (M,...) of the same shape
     k: int = 1,
     chunk: int = 256,  # members of a at once
-):  # distances (N,k), nearest first, and indices into b (N,k); ValueError for other shapes, too few, none, NaN
-    "Which members of b are nearest to each of a, by the Euclidean distance of all their numbers."
+    # distances (N,k), nearest first, and indices into b (N,k); ValueError for other
+    # shapes, too few, none, NaN
+):
+    """Which members of b are nearest to each of a, by the Euclidean distance of all
+    their numbers."""
     check_count(chunk, "chunk")
-    if a.shape[1:] != b.shape[1:]: raise ValueError(f"neighbours have the same shape, not {tuple(a.shape[1:])} and {tuple(b.shape[1:])}")
-    if not 1 <= k <= len(b): raise ValueError(f"there are {len(b)} candidates: k goes from 1 to that, not {k}")
-    if not len(a): raise ValueError("there is nobody to find neighbours for: the first set is empty")
+    if a.shape[1:] != b.shape[1:]:
+        raise ValueError(
+            f"neighbours have the same shape, not {tuple(a.shape[1:])} and"
+            f" {tuple(b.shape[1:])}"
+        )
+    if not 1 <= k <= len(b):
+        raise ValueError(
+            f"there are {len(b)} candidates: k goes from 1 to that, not {k}"
+        )
+    if not len(a):
+        raise ValueError(
+            "there is nobody to find neighbours for: the first set is empty"
+        )
     dtype = torch.float64 if a.dtype == b.dtype == torch.float64 else torch.float32
-    for x in (a, b): check_range(x); check_finite(x, "members of a set")
+    for x in (a, b):
+        check_range(x)
+        check_finite(x, "members of a set")
     a, b, out = as_float(a, dtype).flatten(1), as_float(b, dtype).flatten(1), []
     for c in a.split(chunk):
-        near = torch.cdist(c, b).topk(min(k + 4, len(b)), largest=False).indices  # fast, but rounded: 4 to spare
-        d, order = (c[:, None] - b[near]).norm(dim=2).sort(1)  # exact: a copy is at distance 0
+        # fast, but rounded: 4 to spare
+        near = torch.cdist(c, b).topk(min(k + 4, len(b)), largest=False).indices
+        # exact: a copy is at distance 0
+        d, order = (c[:, None] - b[near]).norm(dim=2).sort(1)
         out.append((d[:, :k], near.gather(1, order)[:, :k]))
     return tuple(map(torch.cat, zip(*out)))
 
 # %% ../nbs/09_evaluation.ipynb #b1ea8b65
 def closer_share(
-    nearest: Tensor,  # (n,) index of each one's neighbour; below `train` it is a training image
+    # (n,) index of each one's neighbour; below `train` it is a training image
+    nearest: Tensor,
     train: int,
     heldout: int,
 ):  # share, its standard error if training had no influence, z
-    "How many have a training image for a neighbour, against the share of training images among all."
+    """How many have a training image for a neighbour, against the share of training
+    images among all."""
     p, n, M = train / (train + heldout), len(nearest), train + heldout
-    if n == 0: return p, 0.0, 0.0
-    clumps = nearest.bincount().double().pow(2).sum().item()  # many with the same neighbour count as few
+    if n == 0:
+        return p, 0.0, 0.0
+    # many with the same neighbour count as few
+    clumps = nearest.bincount().double().pow(2).sum().item()
     share = (nearest < train).double().mean().item()
-    error = (max(p * (1 - p) * (M * clumps - n * n) / (M - 1), 0)) ** 0.5 / n  # drawing without replacement
+    # drawing without replacement
+    error = (max(p * (1 - p) * (M * clumps - n * n) / (M - 1), 0)) ** 0.5 / n
     return share, error, (share - p) / error if error else 0.0
+
 
 def memorisation(
     generated: Tensor,  # (N,...) images, or features
     train: Tensor,  # the training images
-    heldout: Tensor,  # images from the same source that were not trained on, best as many
+    # images from the same source that were not trained on, best as many
+    heldout: Tensor,
     features=None,  # batch -> (N,D), see `extract`; None: pixels
-    ratio: float = 1 / 3,  # a copy is nearer to one real image than this share of the distance to any other (Yoon et al. 2023)
-) -> dict:  # closer, error, expected, z; copies, copies_heldout (shares), copies_z; identical (share); train, heldout (median distances)
-    "Is the training set nearer to generated images than data that could as well have been it? Above z = 3: yes."
-    if features is not None: generated, train, heldout = (extract(features, x) for x in (generated, train, heldout))
-    (to_train, i), (to_heldout, j) = (nearest_neighbours(generated, x, min(2, len(x))) for x in (train, heldout))
+    # a copy is nearer to one real image than this share of the distance to any other
+    # (Yoon et al. 2023)
+    ratio: float = 1 / 3,
+    # closer, error, expected, z; copies, copies_heldout (shares), copies_z; identical
+    # (share); train, heldout (median distances)
+) -> dict:
+    """Is the training set nearer to generated images than data that could as well have
+    been it? Above z = 3: yes."""
+    if features is not None:
+        generated, train, heldout = (
+            extract(features, x) for x in (generated, train, heldout)
+        )
+    (to_train, i), (to_heldout, j) = (
+        nearest_neighbours(generated, x, min(2, len(x))) for x in (train, heldout)
+    )
     d, order = torch.cat([to_train, to_heldout], 1).sort(dim=1, stable=True)
     who = torch.cat([i, len(train) + j], 1).gather(1, order)[:, 0]
     copy, mine = d[:, 0] < ratio * d[:, 1], who < len(train)
     closer, error, z = closer_share(who, len(train), len(heldout))
-    half = 0 if features is not None else generated[0].numel() ** 0.5 / 255  # half a grey level in every pixel: rounding
-    return dict(closer=closer, error=error, expected=len(train) / (len(train) + len(heldout)), z=z,
-                copies=(copy & mine).double().mean().item(), copies_heldout=(copy & ~mine).double().mean().item(),
-                copies_z=closer_share(who[copy], len(train), len(heldout))[2], identical=(to_train[:, 0] <= half).double().mean().item(),
-                train=to_train[:, 0].median().item(), heldout=to_heldout[:, 0].median().item())
+    # half a grey level in every pixel: rounding
+    half = 0 if features is not None else generated[0].numel() ** 0.5 / 255
+    return dict(
+        closer=closer,
+        error=error,
+        expected=len(train) / (len(train) + len(heldout)),
+        z=z,
+        copies=(copy & mine).double().mean().item(),
+        copies_heldout=(copy & ~mine).double().mean().item(),
+        copies_z=closer_share(who[copy], len(train), len(heldout))[2],
+        identical=(to_train[:, 0] <= half).double().mean().item(),
+        train=to_train[:, 0].median().item(),
+        heldout=to_heldout[:, 0].median().item(),
+    )
 
 # %% ../nbs/09_evaluation.ipynb #be70aeb9
 def _levels(images, labels, ts, T):  # the times, after a look at what goes with them
     ts = T * torch.arange(1, 11) / 10 if ts is None else torch.as_tensor(ts).reshape(-1)
-    if len(images) < 2: raise ValueError(f"a loss with a standard error takes at least 2 images, not {len(images)}")
-    if labels is not None and len(labels) != len(images): raise ValueError(f"{len(labels)} labels for {len(images)} images: pass one for each")
-    if not ((ts > 0) & (ts <= T)).all(): raise ValueError(f"times lie above 0 and up to {T:g}, these go from {ts.min():g} to {ts.max():g}")
+    if len(images) < 2:
+        raise ValueError(
+            f"a loss with a standard error takes at least 2 images, not {len(images)}"
+        )
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(
+            f"{len(labels)} labels for {len(images)} images: pass one for each"
+        )
+    if not ((ts > 0) & (ts <= T)).all():
+        raise ValueError(
+            f"times lie above 0 and up to {T:g}, these go from {ts.min():g} to"
+            f" {ts.max():g}"
+        )
     return ts
+
 
 @torch.no_grad()
 def loss_per_level(
@@ -188,10 +340,16 @@ def loss_per_level(
     ts=None,  # (K,) times above 0; None: ten from t_max / 10 to t_max
     seed: int = 0,  # of the noise: the same for every level and every model
     batch_size: int = 256,
-) -> dict:  # t, loss, error: (K,) tensors on the CPU; error is the standard error over the images; ValueError for too few, other times
+    # t, loss, error: (K,) tensors on the CPU; error is the standard error over the
+    # images; ValueError for too few, other times
+) -> dict:
     "The denoising loss at each noise level, to be set against denoiser.loss_floor."
-    check_tensor(images); check_count(batch_size, "batch_size")
-    ts, device = _levels(images, labels, ts, denoiser.process.t_max), next(denoiser.parameters(), images).device
+    check_tensor(images)
+    check_count(batch_size, "batch_size")
+    ts, device = (
+        _levels(images, labels, ts, denoiser.process.t_max),
+        next(denoiser.parameters(), images).device,
+    )
     was_training, levels = denoiser.training, []
     denoiser.eval()
     for t in ts:
@@ -199,8 +357,14 @@ def loss_per_level(
         for i in range(0, len(images), batch_size):
             x = as_float(images[i : i + batch_size])
             eps = torch.randn(x.shape, generator=g)
-            y = None if labels is None else torch.as_tensor(labels)[i : i + batch_size].to(device)
-            losses.append(denoiser.loss(x.to(device), y, t.to(device), eps.to(device)).cpu())
+            y = (
+                None
+                if labels is None
+                else torch.as_tensor(labels)[i : i + batch_size].to(device)
+            )
+            losses.append(
+                denoiser.loss(x.to(device), y, t.to(device), eps.to(device)).cpu()
+            )
         levels.append(torch.cat(losses).double())
     denoiser.train(was_training)
     losses = torch.stack(levels)

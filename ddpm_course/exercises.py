@@ -23,12 +23,16 @@ import torch
 from .checkpoint import CheckpointError, read_json, write_json
 from .core import choose
 
-KINDS = dict(code="code to complete", predict="something to predict", reason="a question")
+KINDS = dict(
+    code="code to complete", predict="something to predict", reason="a question"
+)
 FOUND: dict = {}  # key -> Exercise, filled by importing ddpm_course.answers.lesson_*
+
 
 @dataclasses.dataclass
 class Exercise:
     "One exercise: what is right, and what to say about what is not."
+
     key: str  # lesson and number, "02.1"
     title: str
     kind: str  # one of KINDS
@@ -39,141 +43,310 @@ class Exercise:
     why: str = ""  # said with "Right."
     returns: bool = True  # code that returns None has not been written yet
 
+
 def exercise(
-    key: str, title: str, kind: str, solution, blank: str, mistakes: list,
-    why: str = "", returns: bool = True,  # see Exercise
+    key: str,
+    title: str,
+    kind: str,
+    solution,
+    blank: str,
+    mistakes: list,
+    why: str = "",
+    returns: bool = True,  # see Exercise
 ):  # decorator of grade(answer); ValueError for an unknown kind or a key that exists
     "Register an exercise with the function that grades it."
     choose(kind, KINDS, "kind of exercise")
+
     def register(grade):
-        homes = {g.__module__ for g in (grade, FOUND[key].grade if key in FOUND else grade)}
-        if len({h for h in homes if ".answers." in h}) > 1: raise ValueError(f"there are two exercises {key}")  # in a notebook it may come again
-        FOUND[key] = Exercise(key, title, kind, grade, solution, blank, mistakes, why, returns)
+        homes = {
+            g.__module__ for g in (grade, FOUND[key].grade if key in FOUND else grade)
+        }
+        if len({h for h in homes if ".answers." in h}) > 1:
+            # in a notebook it may come again
+            raise ValueError(f"there are two exercises {key}")
+        FOUND[key] = Exercise(
+            key, title, kind, grade, solution, blank, mistakes, why, returns
+        )
         return grade
+
     return register
 
 # %% ../nbs/88_exercises.ipynb #47c87b0e
 def number(
-    key: str, title: str, right: float, blank: str,
+    key: str,
+    title: str,
+    right: float,
+    blank: str,
     hints: dict,  # wrong value -> what is wrong with it
     otherwise: str,  # said about any other number
-    why: str = "", kind: str = "predict", tol: float = 1e-3,  # how far from `right`, or from a value of `hints`, is still meant
+    why: str = "",
+    kind: str = "predict",
+    # how far from `right`, or from a value of `hints`, is still meant
+    tol: float = 1e-3,
 ):
     "An exercise whose answer is a number."
-    @exercise(key, title, kind, right, blank, [*hints.items(), (right + 1e6, otherwise)], why)
+
+    @exercise(
+        key, title, kind, right, blank, [*hints.items(), (right + 1e6, otherwise)], why
+    )
     def grade(answer):
-        try: a = float(answer)
-        except (TypeError, ValueError, RuntimeError): return f"The answer is a number, not {answer!r}."
-        if abs(a - right) <= tol: return None
-        return next((h for v, h in sorted(hints.items(), key=lambda p: abs(a - p[0])) if abs(a - v) <= tol), otherwise)
+        try:
+            a = float(answer)
+        except (TypeError, ValueError, RuntimeError):
+            return f"The answer is a number, not {answer!r}."
+        if abs(a - right) <= tol:
+            return None
+        return next(
+            (
+                h
+                for v, h in sorted(hints.items(), key=lambda p: abs(a - p[0]))
+                if abs(a - v) <= tol
+            ),
+            otherwise,
+        )
+
 
 def choice(
-    key: str, title: str, right, blank: str,
-    hints: dict,  # wrong answer -> what is wrong with it; answers are words, tuples, or frozensets of letters
-    otherwise: str, why: str = "", kind: str = "reason",  # as above
+    key: str,
+    title: str,
+    right,
+    blank: str,
+    # wrong answer -> what is wrong with it; answers are words, tuples, or frozensets of
+    # letters
+    hints: dict,
+    otherwise: str,
+    why: str = "",
+    kind: str = "reason",  # as above
 ):
     "An exercise whose answer is one of a few: a word, a tuple, a set of letters."
-    @exercise(key, title, kind, right, blank, [*hints.items(), ("none of these", otherwise)], why)
+
+    @exercise(
+        key,
+        title,
+        kind,
+        right,
+        blank,
+        [*hints.items(), ("none of these", otherwise)],
+        why,
+    )
     def grade(answer):
-        if isinstance(answer, str): answer = answer.strip().lower()
-        if isinstance(answer, list): answer = tuple(answer)
-        if isinstance(answer, set): answer = frozenset(answer)
-        try: return None if answer == right else hints.get(answer, otherwise)
-        except TypeError: return otherwise  # a dictionary, say
+        if isinstance(answer, str):
+            answer = answer.strip().lower()
+        if isinstance(answer, list):
+            answer = tuple(answer)
+        if isinstance(answer, set):
+            answer = frozenset(answer)
+        try:
+            return None if answer == right else hints.get(answer, otherwise)
+        except TypeError:
+            return otherwise  # a dictionary, say
+
+
 def several(
-    key: str, title: str, blank: str,
-    rows: dict,  # question -> (right answer, hint for all wrong ones, or wrong answer -> hint with None for the others)
-    why: str = "", kind: str = "reason", tol: float = 0.011,
+    key: str,
+    title: str,
+    blank: str,
+    # question -> (right answer, hint for all wrong ones, or wrong answer -> hint with
+    # None for the others)
+    rows: dict,
+    why: str = "",
+    kind: str = "reason",
+    tol: float = 0.011,
 ):
-    "An exercise of short questions, answered by a dictionary; every wrong line gets its own hint."
-    rows = {q: (right, hints if isinstance(hints, dict) else {None: hints}) for q, (right, hints) in rows.items()}
-    def same(a, b): return a == b if isinstance(b, (str, bool)) or isinstance(a, (str, bool)) else abs(float(a) - b) <= tol
+    """An exercise of short questions, answered by a dictionary; every wrong line gets
+    its own hint."""
+    rows = {
+        q: (right, hints if isinstance(hints, dict) else {None: hints})
+        for q, (right, hints) in rows.items()
+    }
+
+    def same(a, b):
+        return (
+            a == b
+            if isinstance(b, (str, bool)) or isinstance(a, (str, bool))
+            else abs(float(a) - b) <= tol
+        )
+
     right = {q: r for q, (r, _) in rows.items()}
-    slips = [(right | {q: not r if w is None and isinstance(r, bool) else "none of these" if w is None else w}, h) for q, (r, hints) in rows.items() for w, h in hints.items()]
-    @exercise(key, title, kind, right, blank, [*slips, (dict.fromkeys(rows), "no answer yet"), ([1, 2], "dictionary")], why)
+    slips = [
+        (
+            right | {
+                q: (
+                    not r
+                    if w is None and isinstance(r, bool)
+                    else "none of these" if w is None else w
+                )
+            },
+            h,
+        )
+        for q, (r, hints) in rows.items()
+        for w, h in hints.items()
+    ]
+
+    @exercise(
+        key,
+        title,
+        kind,
+        right,
+        blank,
+        [*slips, (dict.fromkeys(rows), "no answer yet"), ([1, 2], "dictionary")],
+        why,
+    )
     def grade(answer):
-        if not isinstance(answer, dict): return f"The answer is a dictionary with {len(rows)} lines, not {answer!r}."
+        if not isinstance(answer, dict):
+            return f"The answer is a dictionary with {len(rows)} lines, not {answer!r}."
         said = []
         for q, (r, hints) in rows.items():
             a = answer.get(q)
-            if a is None: said.append(f"{q}: no answer yet")
-            elif not same(a, r): said.append(f"{q}: " + next((h for w, h in hints.items() if w is not None and same(a, w)), hints.get(None, "not yet")))
+            if a is None:
+                said.append(f"{q}: no answer yet")
+            elif not same(a, r):
+                said.append(
+                    f"{q}: "
+                    + next(
+                        (h for w, h in hints.items() if w is not None and same(a, w)),
+                        hints.get(None, "not yet"),
+                    )
+                )
         return "\n".join(said) or None
 
 # %% ../nbs/88_exercises.ipynb #9138b426
 @dataclasses.dataclass
 class Verdict:
     "Right or not, and why."
+
     right: bool
     text: str
-    def __repr__(self): return self.text
-    def __bool__(self): return self.right
 
-class _Blank(Exception): "the learner's function returned None"
+    def __repr__(self):
+        return self.text
+
+    def __bool__(self):
+        return self.right
+
+
+class _Blank(Exception):
+    "the learner's function returned None"
+
 
 def _filled(f):  # the learner's function; nothing returned is nothing written
     @functools.wraps(f)
     def call(*args, **kw):
         out = f(*args, **kw)
-        if out is None: raise _Blank
+        if out is None:
+            raise _Blank
         return out
+
     return call
 
-def _raised(error):  # what to say about an error: the learner's line, if it came from one
-    home = (str(Path(sys.modules["ddpm_course"].__file__).parent), sys.prefix, sys.base_prefix)
-    own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(home)]
-    where = f"Line {own[-1].lineno} of your code" + (f", {own[-1].line}," if own[-1].line else "") if own else "Using what you gave"
+
+# what to say about an error: the learner's line, if it came from one
+def _raised(error):
+    home = (
+        str(Path(sys.modules["ddpm_course"].__file__).parent),
+        sys.prefix,
+        sys.base_prefix,
+    )
+    own = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if not f.filename.startswith(home)
+    ]
+    where = (
+        f"Line {own[-1].lineno} of your code"
+        + (f", {own[-1].line}," if own[-1].line else "")
+        if own
+        else "Using what you gave"
+    )
     return f"{where} raised {type(error).__name__}: {error}"
+
 
 def graded(
     e: Exercise,
     answer,  # a value, a function or a class
 ) -> Verdict:
     "What to say about an answer; remembers nothing."
-    if answer is None: return Verdict(False, e.blank)
-    plain = e.kind == "code" and e.returns and callable(answer) and not isinstance(answer, type)
+    if answer is None:
+        return Verdict(False, e.blank)
+    plain = (
+        e.kind == "code"
+        and e.returns
+        and callable(answer)
+        and not isinstance(answer, type)
+    )
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # the same answer is always told the same
-        try: hint = e.grade(_filled(answer) if plain else answer)
-        except _Blank: hint = e.blank
-        except Exception as error: hint = _raised(error)
-    return Verdict(True, f"Right. {e.why}".strip()) if hint is None else Verdict(False, hint)
+        # the same answer is always told the same
+        torch.default_generator.manual_seed(0)
+        try:
+            hint = e.grade(_filled(answer) if plain else answer)
+        except _Blank:
+            hint = e.blank
+        except Exception as error:
+            hint = _raised(error)
+    return (
+        Verdict(True, f"Right. {e.why}".strip())
+        if hint is None
+        else Verdict(False, hint)
+    )
+
 
 def three_ways(
     e: Exercise,
 ):  # AssertionError that names the exercise and what was said
-    "The solution passes, a blank is told how to begin, each listed mistake gets its own hint."
+    """The solution passes, a blank is told how to begin, each listed mistake gets its
+    own hint."""
     said = graded(e, e.solution)
     assert said.right, f"{e.key}: the solution is told: {said}"
     assert graded(e, None).text == e.blank and not graded(e, None).right, e.key
-    if e.kind == "code" and e.returns and not isinstance(e.solution, type): assert graded(e, lambda *args, **kw: None).text == e.blank, e.key
+    if e.kind == "code" and e.returns and not isinstance(e.solution, type):
+        assert graded(e, lambda *args, **kw: None).text == e.blank, e.key
     assert e.mistakes, f"{e.key}: no typical mistake is listed"
     for answer, words in e.mistakes:
         said = graded(e, answer)
-        assert not said.right and words.lower() in said.text.lower(), f"{e.key}: {answer!r} should be told {words!r}, is told: {said}"
+        assert (
+            not said.right and words.lower() in said.text.lower()
+        ), f"{e.key}: {answer!r} should be told {words!r}, is told: {said}"
 
 # %% ../nbs/88_exercises.ipynb #bcbb458e
-def progress_file() -> Path:  # $DDPM_COURSE_PROGRESS, else $XDG_DATA_HOME/ddpm_course/progress.json, else ~/.local/share/...
+# $DDPM_COURSE_PROGRESS, else $XDG_DATA_HOME/ddpm_course/progress.json, else
+# ~/.local/share/...
+def progress_file() -> Path:
     "Where right answers are noted down."
-    return Path(os.environ.get("DDPM_COURSE_PROGRESS") or Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share", "ddpm_course", "progress.json")).expanduser()
+    return Path(
+        os.environ.get("DDPM_COURSE_PROGRESS")
+        or Path(
+            os.environ.get("XDG_DATA_HOME") or "~/.local/share",
+            "ddpm_course",
+            "progress.json",
+        )
+    ).expanduser()
+
 
 def done() -> dict:  # key -> day of the first right answer
     "The exercises that were answered rightly."
-    try: return read_json(progress_file())
-    except CheckpointError: return {}
+    try:
+        return read_json(progress_file())
+    except CheckpointError:
+        return {}
+
 
 def _note(key):
     file, noted = progress_file(), done()
-    if key in noted: return
+    if key in noted:
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, noted | {key: str(datetime.date.today())})
+
 
 def all_exercises() -> dict:  # key -> Exercise, in the order of the lessons
     "Every exercise of the course."
     from ddpm_course import answers
+
     for m in pkgutil.iter_modules(answers.__path__):
-        if m.name.startswith("lesson_"): importlib.import_module(f"ddpm_course.answers.{m.name}")
+        if m.name.startswith("lesson_"):
+            importlib.import_module(f"ddpm_course.answers.{m.name}")
     return dict(sorted(FOUND.items()))
+
 
 def find(
     key: str,  # "02.1"
@@ -181,11 +354,14 @@ def find(
     "Look up an exercise."
     lesson = str(key).split(".")[0]
     home = f"ddpm_course.answers.lesson_{lesson}"
-    try: importlib.import_module(home)
+    try:
+        importlib.import_module(home)
     except ModuleNotFoundError as e:
-        if e.name != home: raise  # the lesson exists, something that it imports does not
+        if e.name != home:
+            raise  # the lesson exists, something that it imports does not
     same = {k: e for k, e in FOUND.items() if k.split(".")[0] == lesson}
     return choose(key, same or all_exercises(), "exercise")
+
 
 def check(
     key: str,  # lesson and number, "02.1"
@@ -194,28 +370,62 @@ def check(
     "Say whether an answer is right, or what is wrong with it; note down what is right."
     said = graded(find(key), answer)
     if said.right:
-        try: _note(key)
-        except OSError as e: said.text += f" (Could not be noted down in {progress_file()}: {e.strerror}.)"
+        try:
+            _note(key)
+        except OSError as e:
+            said.text += (
+                f" (Could not be noted down in {progress_file()}: {e.strerror}.)"
+            )
     return said
 
 # %% ../nbs/88_exercises.ipynb #2a1a27e7
 class Progress:
     "What has been done, lesson by lesson."
+
     def __init__(self):
-        noted, lessons, self.rows = done(), {}, []  # rows: file of the lesson, done, all, the next exercise or None
-        for key, e in all_exercises().items(): lessons.setdefault(key.split(".")[0], []).append((e, key in noted))
+        # rows: file of the lesson, done, all, the next exercise or None
+        noted, lessons, self.rows = done(), {}, []
+        for key, e in all_exercises().items():
+            lessons.setdefault(key.split(".")[0], []).append((e, key in noted))
         for lesson, found in lessons.items():
             name = sys.modules[f"ddpm_course.answers.lesson_{lesson}"].LESSON
-            self.rows.append((name, sum(right for _, right in found), len(found), next((e for e, right in found if not right), None)))
-        self.total = f"{sum(r[1] for r in self.rows)} of {sum(r[2] for r in self.rows)} exercises done"
+            self.rows.append(
+                (
+                    name,
+                    sum(right for _, right in found),
+                    len(found),
+                    next((e for e, right in found if not right), None),
+                )
+            )
+        self.total = (
+            f"{sum(r[1] for r in self.rows)} of {sum(r[2] for r in self.rows)}"
+            " exercises done"
+        )
 
     def __repr__(self):
-        lines = [f"{name:<20} {'#' * n + '.' * (of - n):<6} {n} of {of}" + (f"   next: {e.key} {e.title}" if e else "") for name, n, of, e in self.rows]
+        lines = [
+            f"{name:<20} {'#' * n + '.' * (of - n):<6} {n} of {of}"
+            + (f"   next: {e.key} {e.title}" if e else "")
+            for name, n, of, e in self.rows
+        ]
         return "\n".join([*lines, self.total])
 
     def _repr_markdown_(self):
-        lines = [f"| [{name}]({name}.ipynb) | {n} of {of} | {f'{e.key} {e.title}' if e else ''} |" for name, n, of, e in self.rows]
-        return "\n".join(["| lesson | done | next |", "|---|---|---|", *lines, "", f"{self.total}, noted down on this machine only."])
+        lines = [
+            f"| [{name}]({name}.ipynb) | {n} of {of} |"
+            f" {f'{e.key} {e.title}' if e else ''} |"
+            for name, n, of, e in self.rows
+        ]
+        return "\n".join(
+            [
+                "| lesson | done | next |",
+                "|---|---|---|",
+                *lines,
+                "",
+                f"{self.total}, noted down on this machine only.",
+            ]
+        )
+
 
 def progress() -> Progress:
     "What the learner has done so far."

@@ -24,33 +24,56 @@ def as_float(
     "Pixels become floats in [-1, 1]; floats only change their precision."
     return (x if x.is_floating_point() else to_float(x)).to(dtype)
 
+
 def check_tensor(
     x,  # images or features
 ):  # TypeError for what is no tensor, such as a numpy array, and for True and False
     "Is this a tensor of numbers?"
-    if not isinstance(x, Tensor): raise TypeError(f"images and features are torch tensors, not {type(x).__name__}: pass torch.as_tensor(x)")
-    if x.dtype == torch.bool: raise TypeError("images are uint8 pixels, or floats from -1 to 1, not True and False: pass 2.0 * x - 1")
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"images and features are torch tensors, not {type(x).__name__}: pass"
+            " torch.as_tensor(x)"
+        )
+    if x.dtype == torch.bool:
+        raise TypeError(
+            "images are uint8 pixels, or floats from -1 to 1, not True and False: pass"
+            " 2.0 * x - 1"
+        )
+
 
 def check_range(
     images: Tensor,  # (N,C,H,W)
     noisy: bool = False,  # may they hold noise?
-):  # a warning where floats are never negative, or (unless noisy) more than one in twenty lies beyond 1.5; TypeError as check_tensor
+    # a warning where floats are never negative, or (unless noisy) more than one in
+    # twenty lies beyond 1.5; TypeError as check_tensor
+):
     "Do these floats look like images in [-1, 1]?"
     check_tensor(images)
-    if images.ndim != 4 or not images.is_floating_point() or not images.numel(): return
+    if images.ndim != 4 or not images.is_floating_point() or not images.numel():
+        return
     low, high = images.min(), images.max()
     if low >= 0 < high or not noisy and (images.abs() > 1.5).float().mean() > 0.05:
-        warnings.warn(f"images as floats go from -1 to 1, and these from {low:.3g} to {high:.3g}: "
-                      "pass uint8 pixels, or scale them (2 * x - 1 for floats from 0 to 1)", stacklevel=3)
+        warnings.warn(
+            f"images as floats go from -1 to 1, and these from {low:.3g} to {high:.3g}:"
+            " pass uint8 pixels, or scale them (2 * x - 1 for floats from 0 to 1)",
+            stacklevel=3,
+        )
+
 
 def check_finite(
     x: Tensor,  # (N,...)
     what: str = "feature vectors",
 ):  # ValueError that says how many hold NaN or infinity
     "Is every number a number?"
-    if not x.is_floating_point(): return
+    if not x.is_floating_point():
+        return
     bad = int((~x.isfinite()).flatten(1).any(1).sum())
-    if bad: raise ValueError(f"{bad} of {len(x)} {what} hold NaN or infinity: look at those images" + ", or at the feature net" * (what == "feature vectors"))
+    if bad:
+        raise ValueError(
+            f"{bad} of {len(x)} {what} hold NaN or infinity: look at those images"
+            + ", or at the feature net" * (what == "feature vectors")
+        )
+
 
 def check_fit(
     made_for,  # (C,H,W) that features were made for; None: not known
@@ -58,11 +81,20 @@ def check_fit(
 ):  # ValueError that says which of the two to change
     "Do these images fit the feature net?"
     got = tuple(images.shape[1:])
-    if made_for is None or got == tuple(made_for): return
+    if made_for is None or got == tuple(made_for):
+        return
     if got[:1] != tuple(made_for)[:1]:
-        raise ValueError(f"the features were made for {made_for[0]} channel{'s' * (made_for[0] > 1)}, the images have {got[0] if got else 0}: "
-                         "load both with the same channels= of get_dls, or take features made for these images")
-    raise ValueError(f"the features were made for images of shape {tuple(made_for)}, not {got}: resize them with data.fit_image")
+        raise ValueError(
+            f"the features were made for {made_for[0]}"
+            f" channel{'s' * (made_for[0] > 1)}, the images have"
+            f" {got[0] if got else 0}: load both with the same channels= of get_dls, or"
+            " take features made for these images"
+        )
+    raise ValueError(
+        f"the features were made for images of shape {tuple(made_for)}, not {got}:"
+        " resize them with data.fit_image"
+    )
+
 
 def check_sizes(
     a: Tensor,  # (N,D) generated
@@ -70,47 +102,94 @@ def check_sizes(
 ):  # a warning where the numbers differ by more than a tenth
     "Are there as many of each, as measures that count balls want it?"
     if max(len(a), len(b)) > 1.1 * min(len(a), len(b)):
-        warnings.warn(f"{len(a)} generated and {len(b)} real images: a ball is smaller where there are more, so take as many of each", stacklevel=3)
+        warnings.warn(
+            f"{len(a)} generated and {len(b)} real images: a ball is smaller where"
+            " there are more, so take as many of each",
+            stacklevel=3,
+        )
+
 
 def checked(
     f: Tensor,  # (N,D)
-) -> Tensor:  # (N,D) float64 on the CPU; ValueError for another shape, no vectors, NaN or infinity
+    # (N,D) float64 on the CPU; ValueError for another shape, no vectors, NaN or
+    # infinity
+) -> Tensor:
     "A set of feature vectors, ready to be compared."
-    if f.ndim != 2: raise ValueError(f"features are one vector per image, (N,D), not {tuple(f.shape)}")
-    if not len(f): raise ValueError("one of the sets is empty: there is nothing to compare")
+    if f.ndim != 2:
+        raise ValueError(
+            f"features are one vector per image, (N,D), not {tuple(f.shape)}"
+        )
+    if not len(f):
+        raise ValueError("one of the sets is empty: there is nothing to compare")
     check_finite(f)
     return f.detach().cpu().double()
 
 # %% ../nbs/89_features.ipynb #ced0f3ba
 @torch.no_grad()
 def extract(
-    features,  # batch -> (N,D): a function, or a module; its method `features` is used if it has one
+    # batch -> (N,D): a function, or a module; its method `features` is used if it has
+    # one
+    features,
     images: Tensor,  # (N,C,H,W) uint8, or floats in [-1, 1], of any precision
     batch_size: int = 500,
     device=None,  # where the batches go; None: where the module's weights are
-) -> Tensor:  # (N,D) float64 on the CPU; ValueError if images and features do not fit, a warning for floats of another range
+    # (N,D) float64 on the CPU; ValueError if images and features do not fit, a warning
+    # for floats of another range
+) -> Tensor:
     "Run images through a feature net, in evaluation mode."
-    net = features if isinstance(features, nn.Module) else getattr(features, "__self__", None)
-    check_range(images); check_fit(getattr(net, "shape", None), images); check_count(batch_size, "batch_size")
+    net = (
+        features
+        if isinstance(features, nn.Module)
+        else getattr(features, "__self__", None)
+    )
+    check_range(images)
+    check_fit(getattr(net, "shape", None), images)
+    check_count(batch_size, "batch_size")
     call, is_net = getattr(features, "features", features), isinstance(net, nn.Module)
     weight = next(net.parameters(), None) if is_net else None
-    dtype, device = (torch.float32, device or images.device) if weight is None else (weight.dtype, device or weight.device)
+    dtype, device = (
+        (torch.float32, device or images.device)
+        if weight is None
+        else (weight.dtype, device or weight.device)
+    )
     was_training = is_net and net.training
-    if was_training: net.eval()
-    try: return checked(torch.cat([call(as_float(x, dtype).to(device)).cpu() for x in images.split(batch_size)]))
+    if was_training:
+        net.eval()
+    try:
+        return checked(
+            torch.cat(
+                [
+                    call(as_float(x, dtype).to(device)).cpu()
+                    for x in images.split(batch_size)
+                ]
+            )
+        )
     finally:
-        if was_training: net.train()
+        if was_training:
+            net.train()
+
 
 def feature_sets(
     a: Tensor,  # generated: images, or features (N,D)
     b: Tensor,  # real: images, or features (M,D)
     features=None,  # see `extract`; not needed where both are features already
-):  # (N,D), (M,D) float64 on the CPU; ValueError or TypeError if they cannot be compared
+    # (N,D), (M,D) float64 on the CPU; ValueError or TypeError if they cannot be
+    # compared
+):
     "Two sets that can be compared; anything two-dimensional is taken for features."
-    for x in (a, b): check_tensor(x)
-    if features is None and max(a.ndim, b.ndim) > 2: raise ValueError("images are compared through features: pass features=, such as classifier.features")
+    for x in (a, b):
+        check_tensor(x)
+    if features is None and max(a.ndim, b.ndim) > 2:
+        raise ValueError(
+            "images are compared through features: pass features=, such as"
+            " classifier.features"
+        )
     a, b = (checked(x) if x.ndim <= 2 else extract(features, x) for x in (a, b))
-    if a.shape[1] != b.shape[1]: raise ValueError(f"features of {a.shape[1]} and of {b.shape[1]} numbers cannot be compared: use the same net for both")
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"features of {a.shape[1]} and of {b.shape[1]} numbers cannot be compared:"
+            " use the same net for both"
+        )
     return a, b
 
 # %% ../nbs/89_features.ipynb #08c691b6
@@ -132,8 +211,11 @@ def pixel_features(
     "The image itself, made small: sees colours and layout, no detail."
     return F.adaptive_avg_pool2d(x, size).flatten(1)
 
+
 class RandomFeatures(nn.Module):
-    "A convolutional net with random weights that are never trained: a real, if weak, judge of textures and shapes."
+    """A convolutional net with random weights that are never trained: a real, if weak,
+    judge of textures and shapes."""
+
     def __init__(
         self,
         shape: tuple,  # (C,H,W) of the images
@@ -144,33 +226,53 @@ class RandomFeatures(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             widths = (shape[0], 32, 64, dim)
-            self.layers = nn.ModuleList(nn.Conv2d(i, o, 3, 2, 1) for i, o in zip(widths, widths[1:]))
-            for layer in self.layers: nn.init.kaiming_normal_(layer.weight, nonlinearity="relu"); nn.init.normal_(layer.bias, std=0.1)
+            self.layers = nn.ModuleList(
+                nn.Conv2d(i, o, 3, 2, 1) for i, o in zip(widths, widths[1:])
+            )
+            for layer in self.layers:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.normal_(layer.bias, std=0.1)
         self.shape = tuple(shape)
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:  # (N,C,H,W) -> (N,dim)
-        for layer in self.layers: x = F.relu(layer(x))
+        for layer in self.layers:
+            x = F.relu(layer(x))
         return x.mean((2, 3))
 
 # %% ../nbs/89_features.ipynb #2b2cdd76
 class Inception(nn.Module):
-    "The 2048 pooled features of torchvision's Inception v3, for grey or colour images of any size."
+    """The 2048 pooled features of torchvision's Inception v3, for grey or colour images
+    of any size."""
+
     def __init__(self, net):  # torchvision's inception_v3
         super().__init__()
-        net.transform_input, net.fc = False, nn.Identity()  # its weights expect [-1, 1]: nothing to rescale
+        # its weights expect [-1, 1]: nothing to rescale
+        net.transform_input, net.fc = False, nn.Identity()
         self.net = net.eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:  # (N,1 or 3,H,W) in [-1, 1] -> (N,2048)
-        if x.shape[1] not in (1, 3): raise ValueError(f"Inception reads 1 or 3 channels, not {x.shape[1]}")
-        return self.net(F.interpolate(x.expand(-1, 3, -1, -1), (299, 299), mode="bilinear", antialias=True))
+        if x.shape[1] not in (1, 3):
+            raise ValueError(f"Inception reads 1 or 3 channels, not {x.shape[1]}")
+        return self.net(
+            F.interpolate(
+                x.expand(-1, 3, -1, -1), (299, 299), mode="bilinear", antialias=True
+            )
+        )
+
 
 def inception_features(
     device=None,
 ) -> Inception:  # OSError where the weights are neither cached nor to be had
-    "Inception with its ImageNet weights (100 MB, fetched once). Not bit-equal to the TensorFlow net of published FIDs."
+    """Inception with its ImageNet weights (100 MB, fetched once). Not bit-equal to the
+    TensorFlow net of published FIDs."""
     from torchvision.models import inception_v3
-    try: net = inception_v3(weights="IMAGENET1K_V1")
+
+    try:
+        net = inception_v3(weights="IMAGENET1K_V1")
     except (OSError, RuntimeError) as e:
-        raise OSError(f"the weights of Inception v3 could not be fetched ({e}): with a network once, or take the features of a classifier or RandomFeatures") from None
+        raise OSError(
+            f"the weights of Inception v3 could not be fetched ({e}): with a network"
+            " once, or take the features of a classifier or RandomFeatures"
+        ) from None
     return Inception(net).to(default_device(device))

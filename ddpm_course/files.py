@@ -31,48 +31,87 @@ def over_white(
 ):  # mode 'L' if it was grey, else 'RGB'
     "Lay a transparent image on white paper."
     from PIL import Image
+
     mode = "L" if im.mode in ("1", "L", "LA", "La") else "RGB"
     im = im.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", im.size, "white"), im).convert("RGB").convert(mode)
+    return (
+        Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
+        .convert("RGB")
+        .convert(mode)
+    )
+
 
 def is_grey(
     im,  # a PIL image in mode 'RGB'
 ) -> bool:  # are red, green and blue the same in every pixel?
     "Grey pixels stored as colour."
     from PIL import ImageChops
+
     r, g, b = im.split()
-    return not (ImageChops.difference(r, g).getbbox() or ImageChops.difference(g, b).getbbox())
+    return not (
+        ImageChops.difference(r, g).getbbox() or ImageChops.difference(g, b).getbbox()
+    )
 
 # %% ../nbs/96_files.ipynb #19f695f5
 def plain_mode(
     im,  # a PIL image of any mode
 ):  # the same picture in mode 'L' (grey) or 'RGB'
-    "Scale 16-bit grey and floats (taken as 0..1) to 0..255, look up palettes, lay transparency on white."
-    if im.mode.startswith("I"): im = im.convert("I").convert("F").point(lambda v: v * (1 / 257) + 0.5).convert("L")
-    elif im.mode == "F": im = im.point(lambda v: v * 255 + 0.5).convert("L")
-    if im.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in im.info: im = over_white(im)
-    if im.mode in ("1", "L"): return im.convert("L")
+    """Scale 16-bit grey and floats (taken as 0..1) to 0..255, look up palettes, lay
+    transparency on white."""
+    if im.mode.startswith("I"):
+        im = (
+            im.convert("I")
+            .convert("F")
+            .point(lambda v: v * (1 / 257) + 0.5)
+            .convert("L")
+        )
+    elif im.mode == "F":
+        im = im.point(lambda v: v * 255 + 0.5).convert("L")
+    if im.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in im.info:
+        im = over_white(im)
+    if im.mode in ("1", "L"):
+        return im.convert("L")
     palette, im = im.mode in ("P", "PA"), im.convert("RGB")
     return im.convert("L") if palette and is_grey(im) else im
+
 
 def read_image(
     path,  # a file's path, or an open binary file
     channels: int | None = None,  # 1 or 3; None: 1 for grey images, 3 for colour
 ) -> Tensor:  # (C,H,W) uint8
-    "Decode an image, turned as its EXIF orientation says. Raises PIL's error if the file is broken."
+    """Decode an image, turned as its EXIF orientation says. Raises PIL's error if the
+    file is broken."""
     from PIL import Image, ImageOps
+
     with Image.open(path) as im:
         im = plain_mode(ImageOps.exif_transpose(im))
-    if channels: im = im.convert({1: "L", 3: "RGB"}[channels])
+    if channels:
+        im = im.convert({1: "L", 3: "RGB"}[channels])
     pixels = torch.frombuffer(bytearray(im.tobytes()), dtype=torch.uint8)
     return pixels.view(im.height, im.width, -1).permute(2, 0, 1)
 
 # %% ../nbs/96_files.ipynb #a71ed670
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+ENDINGS = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+)
 
-def _hidden(name: str): return name.startswith((".", "__MACOSX"))
 
-def subfolders(folder: Path) -> list: return sorted(p for p in folder.iterdir() if p.is_dir() and not _hidden(p.name))
+def _hidden(name: str):
+    return name.startswith((".", "__MACOSX"))
+
+
+def subfolders(folder: Path) -> list:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not _hidden(p.name))
+
 
 def list_images(
     folder: Path,
@@ -82,15 +121,21 @@ def list_images(
     found = []
     for at, dirs, files in os.walk(folder):
         dirs[:] = [d for d in dirs if deep and not _hidden(d)]
-        found += [Path(at, f) for f in files if f.lower().endswith(ENDINGS) and not _hidden(f)]
+        found += [
+            Path(at, f) for f in files if f.lower().endswith(ENDINGS) and not _hidden(f)
+        ]
     return sorted(found)
+
 
 def find_images(
     folder: Path,
 ) -> list:  # sorted paths; FileNotFoundError if there are none
     "All images in and below a folder that must have some."
-    if found := list_images(folder): return found
-    raise FileNotFoundError(f"no images in {folder}: expected files ending in {' '.join(ENDINGS)}")
+    if found := list_images(folder):
+        return found
+    raise FileNotFoundError(
+        f"no images in {folder}: expected files ending in {' '.join(ENDINGS)}"
+    )
 
 # %% ../nbs/96_files.ipynb #fe0967ca
 def label_by_folder(
@@ -98,38 +143,70 @@ def label_by_folder(
     classes=None,  # names and their order; None takes the subfolders, sorted
 ):  # paths, labels (N,) int64 (zeros if there are no subfolders), classes ([] then)
     "One class per subfolder; a folder without subfolders has no labels."
-    found = {s.name: find_images(s) for s in subfolders(folder)} or {"": find_images(folder)}
+    found = {s.name: find_images(s) for s in subfolders(folder)} or {
+        "": find_images(folder)
+    }
     names = [n for n in found if n]
     classes = names if classes is None else classes
-    if wrong := {*names} - {*classes}: raise ValueError(f"{folder} has classes that train has not: {', '.join(sorted(wrong))}")
-    if classes and not names: raise ValueError(f"{folder} has no class folders, but train has: expected {', '.join(classes[:5])} ...")
+    if wrong := {*names} - {*classes}:
+        raise ValueError(
+            f"{folder} has classes that train has not: {', '.join(sorted(wrong))}"
+        )
+    if classes and not names:
+        raise ValueError(
+            f"{folder} has no class folders, but train has: expected"
+            f" {', '.join(classes[:5])} ..."
+        )
     beside = list_images(folder, deep=False) if names else []
-    if beside: warnings.warn(f"ignored {len(beside)} images that lie beside the class folders in {folder}", stacklevel=2)
+    if beside:
+        warnings.warn(
+            f"ignored {len(beside)} images that lie beside the class folders in"
+            f" {folder}",
+            stacklevel=2,
+        )
     labels = [classes.index(n) if n else 0 for n, paths in found.items() for _ in paths]
     return sum(found.values(), []), torch.tensor(labels), classes
 
 # %% ../nbs/96_files.ipynb #bdc2ba58
-SPLITS = dict(train=("train", "training"), valid=("valid", "val", "validation", "dev"), test=("test", "testing"))
+SPLITS = dict(
+    train=("train", "training"),
+    valid=("valid", "val", "validation", "dev"),
+    test=("test", "testing"),
+)
+
 
 def split_folders(
     folder,  # a path; FileNotFoundError or NotADirectoryError if it is none
-) -> dict:  # {'train': path, ...} of the splits that exist; {'all': folder} if it is not split
-    "Find train/, valid/ and test/. A folder where other subfolders stand beside them has classes, not splits."
+    # {'train': path, ...} of the splits that exist; {'all': folder} if it is not split
+) -> dict:
+    """Find train/, valid/ and test/. A folder where other subfolders stand beside them
+    has classes, not splits."""
     folder = Path(folder).expanduser()
-    if not folder.exists(): raise FileNotFoundError(f"folder {folder} does not exist: expected a folder of images ({' '.join(ENDINGS)})")
-    if not folder.is_dir(): raise NotADirectoryError(f"{folder} is a file: expected a folder of images ({' '.join(ENDINGS)})")
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"folder {folder} does not exist: expected a folder of images"
+            f" ({' '.join(ENDINGS)})"
+        )
+    if not folder.is_dir():
+        raise NotADirectoryError(
+            f"{folder} is a file: expected a folder of images ({' '.join(ENDINGS)})"
+        )
     role = {alias: split for split, aliases in SPLITS.items() for alias in aliases}
     found = {role.get(s.name.lower(), s.name): s for s in subfolders(folder)}
     return found if "train" in found and {*found} <= {*SPLITS} else {"all": folder}
 
 # %% ../nbs/96_files.ipynb #ed4da742
-def digest(data: bytes) -> str: return hashlib.blake2b(data, digest_size=8).hexdigest()
+def digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
 
 def decode(
     path: Path,
     fit,  # (1,C,h,w) -> (1,C,H,W), both uint8
     channels: int | None = None,
-):  # ((C,H,W) uint8, hash of the file), or a string that says what is wrong with the file
+    # ((C,H,W) uint8, hash of the file), or a string that says what is wrong with the
+    # file
+):
     "Read one image file and fit it to the frame."
     try:
         data = path.read_bytes()
@@ -137,17 +214,29 @@ def decode(
     except Exception as e:  # PIL raises a dozen kinds of errors on broken files
         return str(e).split(" <")[0] or type(e).__name__
 
+
 def decode_all(
     paths: list,
     fit,
     channels: int | None = None,
 ) -> list:  # what `decode` gives for each path
-    "Decode files in a pool of threads, with a progress bar if it takes more than a second."
+    """Decode files in a pool of threads, with a progress bar if it takes more than a
+    second."""
     from concurrent.futures import ThreadPoolExecutor
     from tqdm.auto import tqdm
+
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         jobs = pool.map(lambda p: decode(p, fit, channels), paths)
-        return list(tqdm(jobs, "reading images", len(paths), leave=False, delay=1, mininterval=0.5))
+        return list(
+            tqdm(
+                jobs,
+                "reading images",
+                len(paths),
+                leave=False,
+                delay=1,
+                mininterval=0.5,
+            )
+        )
 
 # %% ../nbs/96_files.ipynb #75df4891
 def report_bad(
@@ -157,27 +246,42 @@ def report_bad(
 ):
     "Say which files cannot be read, never silently."
     act = choose(on_bad, dict(warn=warnings.warn, error=None), "on_bad")
-    names = [f"{p} ({why})" for p, why in list(bad.items())[:5]] + [f"{len(bad) - 5} more"] * (len(bad) > 5)
+    names = [f"{p} ({why})" for p, why in list(bad.items())[:5]] + [
+        f"{len(bad) - 5} more"
+    ] * (len(bad) > 5)
     text = f"{len(bad)} of {total} images that cannot be read: {', '.join(names)}"
-    if bad and on_bad == "error": raise ValueError(f"stopped at {text}; on_bad='warn' skips them")
-    if bad: act(f"skipped {text}", stacklevel=2)
+    if bad and on_bad == "error":
+        raise ValueError(f"stopped at {text}; on_bad='warn' skips them")
+    if bad:
+        act(f"skipped {text}", stacklevel=2)
 
 # %% ../nbs/96_files.ipynb #2e46ee98
 @dataclass
 class Part:
     "Images of one split before they become batches."
+
     images: Tensor  # (N,C,H,W) uint8
     labels: Tensor  # (N,) int64
     names: list  # N paths, or set/number
     keys: list  # N hashes of what was stored: they decide the split
     pixels: list  # N hashes of the pixels: they find duplicates
+
     def take(self, i):
         "The images with the numbers in the list `i`."
-        return Part(self.images[i], self.labels[i], *([col[k] for k in i] for col in (self.names, self.keys, self.pixels)))
+        return Part(
+            self.images[i],
+            self.labels[i],
+            *([col[k] for k in i] for col in (self.names, self.keys, self.pixels)),
+        )
+
     def limit(self, most):
         "At most so many images (None: all), picked by their hashes."
-        if most is None or most >= len(self.names): return self
-        return self.take(sorted(sorted(range(len(self.names)), key=self.keys.__getitem__)[:most]))
+        if most is None or most >= len(self.names):
+            return self
+        return self.take(
+            sorted(sorted(range(len(self.names)), key=self.keys.__getitem__)[:most])
+        )
+
 
 def pixel_keys(
     images: Tensor,  # (N,C,H,W) uint8
@@ -185,13 +289,16 @@ def pixel_keys(
     "Equal for equal images."
     return [digest(row.tobytes()) for row in images.contiguous().flatten(1).numpy()]
 
+
 def set_channels(
     u8: Tensor,  # (N,C,H,W) uint8, C = 1 or 3
     channels: int | None,  # 1, 3, or None: leave it
 ) -> Tensor:  # (N,channels,H,W) uint8
     "Grey to colour by repeating, colour to grey by brightness (Rec. 601, as PIL)."
-    if channels in (None, u8.shape[1]): return u8
-    if channels == 3: return u8.repeat(1, 3, 1, 1)
+    if channels in (None, u8.shape[1]):
+        return u8
+    if channels == 3:
+        return u8.repeat(1, 3, 1, 1)
     r, g, b = u8.float().unbind(1)
     return (0.299 * r + 0.587 * g + 0.114 * b).round().to(torch.uint8)[:, None]
 
@@ -208,10 +315,22 @@ def read_part(
     bad = {str(p): d for p, d in zip(paths, done) if isinstance(d, str)}
     report_bad(bad, len(paths), on_bad)
     good = [i for i, d in enumerate(done) if not isinstance(d, str)]
-    if not good: raise ValueError(f"none of {len(paths)} images can be read, the first is {paths[0]}")
+    if not good:
+        raise ValueError(
+            f"none of {len(paths)} images can be read, the first is {paths[0]}"
+        )
     C = max(len(done[i][0]) for i in good)
     images = torch.stack([done[i][0].expand(C, -1, -1) for i in good])
-    return Part(images, labels[good], [str(paths[i]) for i in good], [done[i][1] for i in good], pixel_keys(images)), bad
+    return (
+        Part(
+            images,
+            labels[good],
+            [str(paths[i]) for i in good],
+            [done[i][1] for i in good],
+            pixel_keys(images),
+        ),
+        bad,
+    )
 
 # %% ../nbs/96_files.ipynb #c06c773e
 def folder_parts(
@@ -222,22 +341,32 @@ def folder_parts(
 ):  # {'all': Part} or {'train': Part, ...}, classes, {path: why it was left out}
     "Read a folder of images in any of the usual layouts."
     parts, classes, dropped = {}, None, {}
-    for split, path in sorted(split_folders(folder).items(), key=lambda kv: kv[0] != "train"):
+    for split, path in sorted(
+        split_folders(folder).items(), key=lambda kv: kv[0] != "train"
+    ):
         paths, labels, classes = label_by_folder(path, classes)
         parts[split], bad = read_part(paths, labels, fit, channels, on_bad)
-        gone = [c for k, c in enumerate(classes) if not (parts[split].labels == k).any()]
-        if gone and split in ("train", "all"): raise ValueError(f"no readable image in class {', '.join(gone)} of {path}")
+        gone = [
+            c for k, c in enumerate(classes) if not (parts[split].labels == k).any()
+        ]
+        if gone and split in ("train", "all"):
+            raise ValueError(f"no readable image in class {', '.join(gone)} of {path}")
         dropped |= bad
     C = max(p.images.shape[1] for p in parts.values())
-    for p in parts.values(): p.images = set_channels(p.images, C)
+    for p in parts.values():
+        p.images = set_channels(p.images, C)
     return parts, classes, dropped
 
 # %% ../nbs/96_files.ipynb #e7390f9a
 def default_root(
     root=None,  # a folder, or None
 ) -> Path:
-    "Where data sets live: `root`, else $DDPM_COURSE_DATA, else the user's cache folder."
-    return Path(root or os.environ.get("DDPM_COURSE_DATA") or cache_folder()).expanduser()
+    """Where data sets live: `root`, else $DDPM_COURSE_DATA, else the user's cache
+    folder."""
+    return Path(
+        root or os.environ.get("DDPM_COURSE_DATA") or cache_folder()
+    ).expanduser()
+
 
 @contextmanager
 def patience(
@@ -246,29 +375,49 @@ def patience(
     "Network calls inside the block give up after so many seconds of silence."
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
-    try: yield
-    finally: socket.setdefaulttimeout(before)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 # %% ../nbs/96_files.ipynb #192b3582
-TORCHVISION = dict(mnist=("MNIST", "MNIST/raw"), fashion_mnist=("FashionMNIST", "FashionMNIST/raw"), cifar10=("CIFAR10", "cifar-10-batches-py"))
+TORCHVISION = dict(
+    mnist=("MNIST", "MNIST/raw"),
+    fashion_mnist=("FashionMNIST", "FashionMNIST/raw"),
+    cifar10=("CIFAR10", "cifar-10-batches-py"),
+)
+
 
 def torchvision_sets(
     name: str,  # 'mnist', 'fashion_mnist' or 'cifar10'
     root=None,  # where the files are or go
     download: bool = True,
-) -> list:  # torchvision's train and test sets; FileNotFoundError if they are not to be had
+    # torchvision's train and test sets; FileNotFoundError if they are not to be had
+) -> list:
     "Real data: from disk, else from the network."
     from torchvision import datasets
+
     kind, files = TORCHVISION[name]
     root = default_root(root)
-    def load(download): return [getattr(datasets, kind)(root, train=t, download=download) for t in (True, False)]
+
+    def load(download):
+        return [
+            getattr(datasets, kind)(root, train=t, download=download)
+            for t in (True, False)
+        ]
+
     for fetch in [False, True][: 1 + download]:
         try:
-            with patience(20): return load(fetch)
-        except Exception as e: why = e  # not there, damaged, no network, disk full
+            with patience(20):
+                return load(fetch)
+        except Exception as e:
+            why = e  # not there, damaged, no network, disk full
     reason = " ".join(str(why).split()) if download else "download=False"
-    raise FileNotFoundError(f"data set {name!r} is not in {root / files} and could not be fetched ({reason}): "
-                            "put its files there, or use 'digits' or 'shapes', which work offline.") from why
+    raise FileNotFoundError(
+        f"data set {name!r} is not in {root / files} and could not be fetched"
+        f" ({reason}): put its files there, or use 'digits' or 'shapes', which work"
+        " offline."
+    ) from why
 
 # %% ../nbs/96_files.ipynb #aa6cce67
 def array_part(
@@ -278,10 +427,18 @@ def array_part(
     channels: int | None = None,
     name: str = "",  # images are called name/number
 ) -> Part:
-    "A split from images that are in memory; hashed as they are, before they are resized."
+    """A split from images that are in memory; hashed as they are, before they are
+    resized."""
     keys = pixel_keys(images)
     y = torch.as_tensor(labels).long()
-    return Part(set_channels(fit(images), channels), y, [f"{name}/{i}" for i in range(len(y))], keys, keys)
+    return Part(
+        set_channels(fit(images), channels),
+        y,
+        [f"{name}/{i}" for i in range(len(y))],
+        keys,
+        keys,
+    )
+
 
 def digits_parts(
     fit,  # (N,1,8,8) -> (N,1,H,W), both uint8
@@ -289,9 +446,13 @@ def digits_parts(
 ):  # {'all': Part}, classes
     "The 1797 handwritten digits that scikit-learn carries, 8x8, values 0..16."
     from sklearn.datasets import load_digits
+
     d = load_digits()
     u8 = (torch.from_numpy(d.images) * (255 / 16)).round().to(torch.uint8)
-    return {"all": array_part(u8[:, None], d.target, fit, channels, "digits")}, [str(c) for c in d.target_names]
+    return {"all": array_part(u8[:, None], d.target, fit, channels, "digits")}, [
+        str(c) for c in d.target_names
+    ]
+
 
 def torchvision_parts(
     name: str,  # 'mnist', 'fashion_mnist' or 'cifar10'
@@ -314,34 +475,57 @@ def check_images(
 ):  # images; ValueError if their type or shape is wrong
     "Refuse images that are not pixels."
     dtype = getattr(images, "dtype", torch.uint8)
-    if dtype == torch.uint8 and len(images.shape) == 4: return images
+    if dtype == torch.uint8 and len(images.shape) == 4:
+        return images
     raise ValueError(f"images are uint8 (N,C,H,W), not {dtype} {tuple(images.shape)}")
+
 
 def check_labels(
     labels,  # N whole numbers: tensor, array or list; None: no labels
     n: int,  # number of images
     num_classes: int | None = None,  # largest label + 1, if known
-) -> Tensor:  # (N,) int64, zeros if there were none; ValueError if their number, type or range is wrong
+    # (N,) int64, zeros if there were none; ValueError if their number, type or range is
+    # wrong
+) -> Tensor:
     "Labels as int64."
     y = torch.zeros(n, dtype=torch.int64) if labels is None else torch.as_tensor(labels)
-    if y.shape != (n,): raise ValueError(f"{n} images need {n} labels in one dimension, not {tuple(y.shape)}")
-    if y.is_floating_point() or y.dtype == torch.bool: raise ValueError(f"labels are whole numbers, not {y.dtype}")
-    if n and y.min() < 0: raise ValueError(f"labels start at 0, these at {y.min()}")
+    if y.shape != (n,):
+        raise ValueError(
+            f"{n} images need {n} labels in one dimension, not {tuple(y.shape)}"
+        )
+    if y.is_floating_point() or y.dtype == torch.bool:
+        raise ValueError(f"labels are whole numbers, not {y.dtype}")
+    if n and y.min() < 0:
+        raise ValueError(f"labels start at 0, these at {y.min()}")
     if n and num_classes is not None and y.max() >= max(num_classes, 1):
-        raise ValueError(f"labels of {num_classes} classes go from 0 to {num_classes - 1}, these up to {y.max()}")
+        raise ValueError(
+            f"labels of {num_classes} classes go from 0 to {num_classes - 1}, these up"
+            f" to {y.max()}"
+        )
     return y.long()
 
 # %% ../nbs/96_files.ipynb #b882f575
 NAMES = ("shapes", "digits", *TORCHVISION)
 
+
 def is_path(
     name_or_path,
 ) -> bool:
-    "A Path, a string with a slash or a leading ~ or ., or the name of an existing file or folder."
-    if isinstance(name_or_path, os.PathLike): return True
+    """A Path, a string with a slash or a leading ~ or ., or the name of an existing
+    file or folder."""
+    if isinstance(name_or_path, os.PathLike):
+        return True
     s = str(name_or_path)
-    if s in NAMES: return False
-    return "/" in s or os.sep in s or s.startswith(("~", ".")) or bool(s) and Path(s).exists()
+    if s in NAMES:
+        return False
+    return (
+        "/" in s
+        or os.sep in s
+        or s.startswith(("~", "."))
+        or bool(s)
+        and Path(s).exists()
+    )
+
 
 def check_count(
     n,
@@ -349,24 +533,43 @@ def check_count(
     least: int = 1,
 ) -> int:  # n; ValueError if it is not a whole number of at least `least`
     "Refuse what cannot be counted."
-    if isinstance(n, int) and not isinstance(n, bool) and n >= least: return n
+    if isinstance(n, int) and not isinstance(n, bool) and n >= least:
+        return n
     raise ValueError(f"{what} is a whole number of at least {least}, not {n!r}")
 
 # %% ../nbs/96_files.ipynb #02110355
-def check_options(name_or_path, img_size, batch_size, fit, on_bad, channels, flip, valid, sizes):
-    "ValueError with one sentence for the first argument of `get_dls` that makes no sense."
-    if not is_path(name_or_path): choose(name_or_path, dict.fromkeys(NAMES), "data set (and no folder of that name)")
+def check_options(
+    name_or_path, img_size, batch_size, fit, on_bad, channels, flip, valid, sizes
+):
+    """ValueError with one sentence for the first argument of `get_dls` that makes no
+    sense."""
+    if not is_path(name_or_path):
+        choose(
+            name_or_path, dict.fromkeys(NAMES), "data set (and no folder of that name)"
+        )
     as_size(img_size)
     check_count(batch_size, "batch_size")
     choose(fit, dict.fromkeys(("pad", "crop")), "fit")
     choose(on_bad, dict.fromkeys(("warn", "error")), "on_bad")
-    if channels not in (None, 1, 3): raise ValueError(f"channels is 1, 3 or None, not {channels!r}")
-    if flip not in (None, True, False): raise ValueError(f"flip is True, False or None, not {flip!r}")
-    if not 0 <= valid < 1: raise ValueError(f"valid is a share of the training images, at least 0 and below 1, not {valid!r}")
-    if sizes is not None and len(sizes) != 3: raise ValueError(f"sizes has three numbers, for train, valid and test, not {sizes!r}")
-    for n in sizes or (): check_count(n, "each of sizes")
-    if name_or_path == "shapes" and flip: raise ValueError("shapes are never mirrored: their captions say left and right")
-    if name_or_path == "shapes" and channels == 1: raise ValueError("shapes are in colour: channels is 3 or None, not 1")
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels is 1, 3 or None, not {channels!r}")
+    if flip not in (None, True, False):
+        raise ValueError(f"flip is True, False or None, not {flip!r}")
+    if not 0 <= valid < 1:
+        raise ValueError(
+            "valid is a share of the training images, at least 0 and below 1, not"
+            f" {valid!r}"
+        )
+    if sizes is not None and len(sizes) != 3:
+        raise ValueError(
+            f"sizes has three numbers, for train, valid and test, not {sizes!r}"
+        )
+    for n in sizes or ():
+        check_count(n, "each of sizes")
+    if name_or_path == "shapes" and flip:
+        raise ValueError("shapes are never mirrored: their captions say left and right")
+    if name_or_path == "shapes" and channels == 1:
+        raise ValueError("shapes are in colour: channels is 3 or None, not 1")
 
 # %% ../nbs/96_files.ipynb #9afc4884
 def load_parts(
@@ -378,35 +581,58 @@ def load_parts(
     download: bool = True,
 ):  # {'train': Part, ...} or {'all': Part}, classes, {image: why it was left out}
     "Read a named data set or a folder."
-    if is_path(name_or_path): return folder_parts(name_or_path, frame, channels, on_bad)
-    if name_or_path == "digits": return *digits_parts(frame, channels), {}
+    if is_path(name_or_path):
+        return folder_parts(name_or_path, frame, channels, on_bad)
+    if name_or_path == "digits":
+        return *digits_parts(frame, channels), {}
     return *torchvision_parts(name_or_path, frame, channels, root, download), {}
 
 # %% ../nbs/96_files.ipynb #b1689ff7
 def _troubles(picture) -> dict:
-    "Images that PIL opens and most people read wrongly: name -> (image, keywords for saving)."
+    """Images that PIL opens and most people read wrongly: name -> (image, keywords for
+    saving)."""
     from PIL import Image
+
     white = picture(9, 48).convert("L").point(lambda v: 255 * (v < 220))
-    logo = Image.composite(picture(9, 48).convert("RGBA"), Image.new("RGBA", (48, 48)), white)
+    logo = Image.composite(
+        picture(9, 48).convert("RGBA"), Image.new("RGBA", (48, 48)), white
+    )
     scan = picture(9, 48).convert("L").convert("I").point(lambda v: v * 200)
     turn = Image.Exif()
     turn[0x0112] = 6  # EXIF orientation: show me turned to the right
     phone = picture(4, (96, 48)).rotate(90, expand=True)
-    return {"star/logo.png": (logo, {}), "star/scan.png": (scan.convert("I;16"), {}), "square/phone.jpg": (phone, dict(exif=turn)),
-            "square/cap.png": (Image.new("RGB", (48, 48)), {}), "circle/wide.png": (picture(0, (40, 120)), {})}
+    return {
+        "star/logo.png": (logo, {}),
+        "star/scan.png": (scan.convert("I;16"), {}),
+        "square/phone.jpg": (phone, dict(exif=turn)),
+        "square/cap.png": (Image.new("RGB", (48, 48)), {}),
+        "circle/wide.png": (picture(0, (40, 120)), {}),
+    }
+
 
 def make_messy_folder(
     folder,  # is made; gets circle/, square/ and star/
 ) -> dict:  # {name: path} of the odd files
-    "A small labelled folder: broken, doubled, transparent, 16-bit, sideways, black and wide images among good ones."
+    """A small labelled folder: broken, doubled, transparent, 16-bit, sideways, black
+    and wide images among good ones."""
     from PIL import Image
-    def picture(i, size): return Image.fromarray(draw_shapes(torch.tensor([i]), size)[0][0].permute(1, 2, 0).numpy())
+
+    def picture(i, size):
+        return Image.fromarray(
+            draw_shapes(torch.tensor([i]), size)[0][0].permute(1, 2, 0).numpy()
+        )
+
     folder = Path(folder)
-    for kind in ("circle", "square", "star"): (folder / kind).mkdir(parents=True)
+    for kind in ("circle", "square", "star"):
+        (folder / kind).mkdir(parents=True)
     for i, k in enumerate(draw_shapes(torch.arange(200), 8)[1].tolist()):
-        if (folder / SHAPES[k]).exists(): picture(i, 48).save(folder / SHAPES[k] / f"{i:03}.png")
+        if (folder / SHAPES[k]).exists():
+            picture(i, 48).save(folder / SHAPES[k] / f"{i:03}.png")
     odd = {**_troubles(picture), "circle/cut.jpg": (picture(0, 48), {})}
-    for name, (im, kw) in odd.items(): im.save(folder / name, **kw)
-    (folder / "circle/cut.jpg").write_bytes((folder / "circle/cut.jpg").read_bytes()[:700])
+    for name, (im, kw) in odd.items():
+        im.save(folder / name, **kw)
+    (folder / "circle/cut.jpg").write_bytes(
+        (folder / "circle/cut.jpg").read_bytes()[:700]
+    )
     (folder / "circle/copy.png").write_bytes((folder / "circle/000.png").read_bytes())
     return {Path(n).name: folder / n for n in [*odd, "circle/copy.png"]}

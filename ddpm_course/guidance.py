@@ -9,24 +9,43 @@ from torch import Tensor
 
 from .core import bcast
 
+
 def _no_label(y, null) -> Tensor:
     "`null` with y's shape, type and device."
-    if not isinstance(y, Tensor) or y.ndim == 0: raise ValueError(f"labels are a tensor with one row per example, (B, ...), not {y!r}")
-    if null is None: raise ValueError("null is the value that means 'no label', such as the number of classes, not None")
-    if isinstance(null, (int, float)): null = torch.full((), null, dtype=y.dtype, device=y.device)  # made on the device: no copy to wait for
+    if not isinstance(y, Tensor) or y.ndim == 0:
+        raise ValueError(
+            f"labels are a tensor with one row per example, (B, ...), not {y!r}"
+        )
+    if null is None:
+        raise ValueError(
+            "null is the value that means 'no label', such as the number of classes,"
+            " not None"
+        )
+    if isinstance(null, (int, float)):
+        # made on the device: no copy to wait for
+        null = torch.full((), null, dtype=y.dtype, device=y.device)
     none = torch.as_tensor(null, dtype=y.dtype, device=y.device)
     if none.numel() != 1 and none.shape not in (y.shape, y.shape[1:]):
-        raise ValueError(f"null is one value, one example {tuple(y.shape[1:])} or a batch {tuple(y.shape)}, not of shape {tuple(none.shape)}")
+        raise ValueError(
+            f"null is one value, one example {tuple(y.shape[1:])} or a batch"
+            f" {tuple(y.shape)}, not of shape {tuple(none.shape)}"
+        )
     return (none.reshape(()) if none.numel() == 1 else none).expand_as(y)
+
 
 def drop_labels(
     y: Tensor,  # (B,) labels, or (B, ...) tokens or images: an example is dropped whole
     p: float,  # probability, in [0, 1]
-    null,  # what 'no label' looks like: one value, or a tensor of the shape of one example
+    # what 'no label' looks like: one value, or a tensor of the shape of one example
+    null,
     generator: torch.Generator | None = None,
-) -> Tensor:  # a new tensor of y's shape and type; ValueError: p outside [0, 1], null of another shape
-    "Replace each example's label by `null` with probability `p`, independently; in training only (Ho and Salimans 2022, algorithm 1)."
-    if not 0 <= p <= 1: raise ValueError(f"p is a probability in [0, 1], not {p}")
+    # a new tensor of y's shape and type; ValueError: p outside [0, 1], null of another
+    # shape
+) -> Tensor:
+    """Replace each example's label by `null` with probability `p`, independently; in
+    training only (Ho and Salimans 2022, algorithm 1)."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"p is a probability in [0, 1], not {p}")
     none, at = _no_label(y, null), y.device if generator is None else generator.device
     drop = torch.rand(len(y), generator=generator, device=at) < p
     return torch.where(bcast(drop.to(y.device), y), none, y)
@@ -35,16 +54,37 @@ def drop_labels(
 def cfg(
     denoise,  # (x, t, y) -> x0_hat
     y: Tensor,  # (B,) labels or (B, ...) tokens: what is asked for
-    scale,  # 0: ignore y, 1: plain conditional, more: exaggerate, below 0: avoid y; a number, or (B,) one per example
-    null,  # 'no label', as in drop_labels; or a batch of y's shape to start from instead (a negative prompt)
-):  # (x, t) -> x0_hat: a denoiser like any other; ValueError if the numbers of examples disagree
-    "Classifier-free guidance (Ho and Salimans 2022): from the unconditional estimate through the conditional one and beyond, in one doubled batch."
+    # 0: ignore y, 1: plain conditional, more: exaggerate, below 0: avoid y; a number,
+    # or (B,) one per example
+    scale,
+    # 'no label', as in drop_labels; or a batch of y's shape to start from instead (a
+    # negative prompt)
+    null,
+    # (x, t) -> x0_hat: a denoiser like any other; ValueError if the numbers of examples
+    # disagree
+):
+    """Classifier-free guidance (Ho and Salimans 2022): from the unconditional estimate
+    through the conditional one and beyond, in one doubled batch."""
     none, shape = _no_label(y, null), torch.as_tensor(scale).shape
     if len(shape) > 1 or shape.numel() not in (1, len(y)):
-        raise ValueError(f"scale is a number or one per example, ({len(y)},), not of shape {tuple(shape)}")
+        raise ValueError(
+            f"scale is a number or one per example, ({len(y)},), not of shape"
+            f" {tuple(shape)}"
+        )
+
     def guided(x, t):
-        if len(x) != len(y): raise ValueError(f"guidance was made with {len(y)} labels and got a batch of {len(x)}")
+        if len(x) != len(y):
+            raise ValueError(
+                f"guidance was made with {len(y)} labels and got a batch of {len(x)}"
+            )
         t = torch.as_tensor(t, device=x.device).expand(len(x))
-        uncond, cond = denoise(torch.cat([x, x]), torch.cat([t, t]), torch.cat([none, y])).chunk(2)
-        return torch.lerp(uncond, cond, bcast(torch.as_tensor(scale, dtype=cond.dtype, device=cond.device), cond))
+        uncond, cond = denoise(
+            torch.cat([x, x]), torch.cat([t, t]), torch.cat([none, y])
+        ).chunk(2)
+        return torch.lerp(
+            uncond,
+            cond,
+            bcast(torch.as_tensor(scale, dtype=cond.dtype, device=cond.device), cond),
+        )
+
     return guided

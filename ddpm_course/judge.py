@@ -20,7 +20,9 @@ from .pretrained import manifest, read_pretrained
 
 # %% ../nbs/08b_judge.ipynb #1e8c9d2f
 class Classifier(nn.Module):
-    "A small convolutional classifier of images of one size; its last hidden layer serves as features."
+    """A small convolutional classifier of images of one size; its last hidden layer
+    serves as features."""
+
     def __init__(
         self,
         shape: tuple,  # (C,H,W) of the images
@@ -28,15 +30,29 @@ class Classifier(nn.Module):
         width: int = 32,  # channels of the first layer
     ):
         super().__init__()
-        def block(c_in, c_out, stride): return nn.Sequential(
-            nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
+
+        def block(c_in, c_out, stride):
+            return nn.Sequential(
+                nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False),
+                nn.BatchNorm2d(c_out),
+                nn.ReLU(),
+            )
+
         self.shape, self.num_classes = tuple(shape), num_classes
-        self.body = nn.Sequential(block(shape[0], width, 2 if min(shape[1:]) > 16 else 1), block(width, 2 * width, 2),
-                                  block(2 * width, 4 * width, 2), block(4 * width, 4 * width, 1))
+        self.body = nn.Sequential(
+            block(shape[0], width, 2 if min(shape[1:]) > 16 else 1),
+            block(width, 2 * width, 2),
+            block(2 * width, 4 * width, 2),
+            block(4 * width, 4 * width, 1),
+        )
         self.head = nn.Linear(4 * width, num_classes)
 
-    def features(self, x: Tensor) -> Tensor: return self.body(x).mean((2, 3))  # (B,C,H,W) in [-1, 1] -> (B,4*width)
-    def forward(self, x: Tensor) -> Tensor: return self.head(F.dropout(self.features(x), 0.1, self.training))  # -> (B,K) logits
+    def features(self, x: Tensor) -> Tensor:
+        return self.body(x).mean((2, 3))  # (B,C,H,W) in [-1, 1] -> (B,4*width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # -> (B,K) logits
+        return self.head(F.dropout(self.features(x), 0.1, self.training))
 
 # %% ../nbs/08b_judge.ipynb #0ef0411f
 def shift(
@@ -47,7 +63,8 @@ def shift(
     "Move each image by its own few pixels; the border is repeated."
     B, C, H, W = x.shape
     d = torch.randint(-by, by + 1, (2, B), generator=generator)
-    rows = (torch.arange(H) + d[0, :, None]).clamp(0, H - 1)[:, None, :, None]  # (B,1,H,1)
+    # (B,1,H,1)
+    rows = (torch.arange(H) + d[0, :, None]).clamp(0, H - 1)[:, None, :, None]
     cols = (torch.arange(W) + d[1, :, None]).clamp(0, W - 1)[:, None, None, :]
     b, c = torch.arange(B)[:, None, None, None], torch.arange(C)[None, :, None, None]
     return x[b.to(x.device), c.to(x.device), rows.to(x.device), cols.to(x.device)]
@@ -60,18 +77,29 @@ def train_classifier(
     device=None,
     seed: int = 0,
 ) -> Classifier:  # in eval mode, on the device
-    "Train the small classifier on the real training split, with images moved by a pixel or two."
-    if not dls.num_classes: raise ValueError(f"{dls.name} has no labels: there is nothing to classify")
+    """Train the small classifier on the real training split, with images moved by a
+    pixel or two."""
+    if not dls.num_classes:
+        raise ValueError(f"{dls.name} has no labels: there is nothing to classify")
     device, g = default_device(device), torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Classifier(dls.shape, dls.num_classes).to(device)
         opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.05)
-        sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=epochs * len(dls.train) + 1)
+        sched = torch.optim.lr_scheduler.OneCycleLR(
+            opt, lr, total_steps=epochs * len(dls.train) + 1
+        )
         for epoch in range(epochs):
             for x, y in dls.train.epoch(epoch):
-                loss = F.cross_entropy(net(shift(x.to(device), max(dls.shape[1] // 16, 1), g)), y.to(device), label_smoothing=0.05)
-                opt.zero_grad(); loss.backward(); opt.step(); sched.step()
+                loss = F.cross_entropy(
+                    net(shift(x.to(device), max(dls.shape[1] // 16, 1), g)),
+                    y.to(device),
+                    label_smoothing=0.05,
+                )
+                opt.zero_grad()
+                loss.backward()
+                opt.step()
+                sched.step()
     return net.eval().requires_grad_(False)
 
 # %% ../nbs/08b_judge.ipynb #d3fb3a7b
@@ -80,26 +108,47 @@ def predict(
     classifier: Classifier,
     images: Tensor,  # (N,C,H,W) uint8, or floats in [-1, 1]
     batch_size: int = 500,
-) -> Tensor:  # (N,) int64 on the CPU; ValueError for images of another shape, NaN or infinity; a warning for floats of another range
+    # (N,) int64 on the CPU; ValueError for images of another shape, NaN or infinity; a
+    # warning for floats of another range
+) -> Tensor:
     "The class that a classifier reads in each image."
     if tuple(images.shape[1:]) != classifier.shape:
-        raise ValueError(f"the classifier reads images of shape {classifier.shape}, not {tuple(images.shape[1:])}")
-    check_range(images, noisy=True); check_finite(images, "images"); check_count(batch_size, "batch_size")
+        raise ValueError(
+            f"the classifier reads images of shape {classifier.shape}, not"
+            f" {tuple(images.shape[1:])}"
+        )
+    check_range(images, noisy=True)
+    check_finite(images, "images")
+    check_count(batch_size, "batch_size")
     weight = classifier.head.weight
-    return torch.cat([classifier(as_float(x, weight.dtype).to(weight.device)).argmax(1).cpu() for x in images.split(batch_size)])
+    return torch.cat(
+        [
+            classifier(as_float(x, weight.dtype).to(weight.device)).argmax(1).cpu()
+            for x in images.split(batch_size)
+        ]
+    )
+
 
 def label_accuracy(
     classifier: Classifier,
     images: Tensor,  # (N,C,H,W) uint8, or floats in [-1, 1], real or generated
-    labels: Tensor,  # (N,) whole numbers: the class that each has, or that was asked for
-) -> float:  # share in [0, 1]; ValueError for no images, or not a class of the classifier's for each
+    # (N,) whole numbers: the class that each has, or that was asked for
+    labels: Tensor,
+    # share in [0, 1]; ValueError for no images, or not a class of the classifier's for
+    # each
+) -> float:
     "Share of the images in which the classifier reads the label."
-    if not len(images): raise ValueError("there are no images to read: pass at least one")
-    labels = check_labels(torch.as_tensor(labels).cpu(), len(images), classifier.num_classes)
+    if not len(images):
+        raise ValueError("there are no images to read: pass at least one")
+    labels = check_labels(
+        torch.as_tensor(labels).cpu(), len(images), classifier.num_classes
+    )
     return (predict(classifier, images) == labels).float().mean().item()
 
 # %% ../nbs/08b_judge.ipynb #da348efe
-FULL = dict(digits=1797, shapes=57_000, mnist=70_000)  # images in all splits of the data that classifiers ship for
+# images in all splits of the data that classifiers ship for
+FULL = dict(digits=1797, shapes=57_000, mnist=70_000)
+
 
 def shipped_classifier(
     name: str,  # 'classifier-digits', 'classifier-shapes', 'classifier-mnist'
@@ -113,10 +162,21 @@ def shipped_classifier(
     net.load_state_dict(weights)
     return net.to(default_device(device)).eval().requires_grad_(False)
 
-def ships(dls) -> bool:  # is there a classifier for exactly these images, split as usual?
+
+# is there a classifier for exactly these images, split as usual?
+def ships(dls) -> bool:
     entry = manifest().get(f"classifier-{dls.name}")
-    return entry is not None and (tuple(entry["config"]["shape"]), entry["config"]["num_classes"], entry.get("seed", 0)) == (
-        tuple(dls.shape), dls.num_classes, dls.train.seed) and FULL.get(dls.name) == sum(len(b.labels) for b in (dls.train, dls.valid, dls.test))
+    return (
+        entry is not None
+        and (
+            tuple(entry["config"]["shape"]),
+            entry["config"]["num_classes"],
+            entry.get("seed", 0),
+        )
+        == (tuple(dls.shape), dls.num_classes, dls.train.seed)
+        and FULL.get(dls.name)
+        == sum(len(b.labels) for b in (dls.train, dls.valid, dls.test))
+    )
 
 # %% ../nbs/08b_judge.ipynb #c7545325
 def test_accuracy(classifier: Classifier, dls) -> float:
@@ -124,22 +184,42 @@ def test_accuracy(classifier: Classifier, dls) -> float:
     batches = [(label_accuracy(classifier, x, y), len(y)) for x, y in dls.test.epoch(0)]
     return sum(a * n for a, n in batches) / sum(n for _, n in batches)
 
+
 def classifier_for(
     dls,  # data.DataLoaders with labels
-    epochs: int | None = None,  # train one for so long, whatever ships; None: enough for its size
+    # train one for so long, whatever ships; None: enough for its size
+    epochs: int | None = None,
     device=None,
     cache=None,  # folder for the weights; None: the course's cache folder; False: none
 ) -> Classifier:
-    "A classifier for this data: the one that ships, or one trained on first use and then read from the cache."
+    """A classifier for this data: the one that ships, or one trained on first use and
+    then read from the cache."""
     from safetensors.torch import load, save
-    if epochs is None and cache is None and ships(dls): return shipped_classifier(f"classifier-{dls.name}", device=device)
-    epochs = epochs or max(3, round(80_000 / len(dls.train.labels)) if len(dls.train.labels) < 5000 else 3)
-    first = next(iter(dls.train.epoch(0)))[0]  # other data, split or size: another classifier
-    key = hashlib.sha256(repr((dls.name, dls.shape, dls.num_classes, len(dls.train.labels), epochs)).encode() + first.cpu().numpy().tobytes()).hexdigest()[:12]
-    if cache is False: return train_classifier(dls, epochs, device=device)
+
+    if epochs is None and cache is None and ships(dls):
+        return shipped_classifier(f"classifier-{dls.name}", device=device)
+    epochs = epochs or max(
+        3, round(80_000 / len(dls.train.labels)) if len(dls.train.labels) < 5000 else 3
+    )
+    # other data, split or size: another classifier
+    first = next(iter(dls.train.epoch(0)))[0]
+    key = hashlib.sha256(
+        repr(
+            (dls.name, dls.shape, dls.num_classes, len(dls.train.labels), epochs)
+        ).encode()
+        + first.cpu().numpy().tobytes()
+    ).hexdigest()[:12]
+    if cache is False:
+        return train_classifier(dls, epochs, device=device)
     path = Path(cache or cache_folder()) / f"classifier-{key}.safetensors"
-    net = Classifier(dls.shape, dls.num_classes).to(default_device(device)).eval().requires_grad_(False)
-    try: net.load_state_dict(load(path.read_bytes()))
+    net = (
+        Classifier(dls.shape, dls.num_classes)
+        .to(default_device(device))
+        .eval()
+        .requires_grad_(False)
+    )
+    try:
+        net.load_state_dict(load(path.read_bytes()))
     except Exception:  # not there yet, or damaged: train
         net = train_classifier(dls, epochs, device=device)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,20 +10,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .unet import SelfAttention, bcast_channels, check_labels, check_size, timestep_embedding
+from ddpm_course.unet import (
+    SelfAttention,
+    bcast_channels,
+    check_labels,
+    check_size,
+    timestep_embedding,
+)
+
 
 def zeroed(
     layer: nn.Module,  # a convolution or a linear layer
 ) -> nn.Module:  # the same one
-    "Start a layer at zero, so that the residual block around it begins as the identity."
-    for p in layer.parameters(): nn.init.zeros_(p)
+    """Start a layer at zero, so that the residual block around it begins as the
+    identity."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
     return layer
 
-def norm(channels: int) -> nn.GroupNorm: return nn.GroupNorm(math.gcd(channels, 8), channels)
+
+def norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(channels, 8), channels)
 
 # %% ../nbs/06c_light_unet.ipynb #28597baf
 class FiLMBlock(nn.Module):
-    "A residual block in which the embedding scales and shifts every channel, between two convolutions (Perez et al. 2018)."
+    """A residual block in which the embedding scales and shifts every channel, between
+    two convolutions (Perez et al. 2018)."""
+
     def __init__(
         self,
         c_in: int,  # channels in
@@ -31,52 +44,123 @@ class FiLMBlock(nn.Module):
         time_dim: int,  # length of the embedding
     ):
         super().__init__()
-        self.first = nn.Sequential(norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1), norm(c_out))
+        self.first = nn.Sequential(
+            norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1), norm(c_out)
+        )
         self.film = nn.Linear(time_dim, 2 * c_out)
-        self.last = nn.Sequential(nn.SiLU(), zeroed(nn.Conv2d(c_out, c_out, 3, padding=1)))
+        self.last = nn.Sequential(
+            nn.SiLU(), zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
+        )
         self.short = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # (B,c_in,H,W), (B,time_dim) -> (B,c_out,H,W)
+    # (B,c_in,H,W), (B,time_dim) -> (B,c_out,H,W)
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         scale, shift = (bcast_channels(v, x) for v in self.film(emb).chunk(2, dim=1))
         return self.short(x) + self.last(self.first(x) * (1 + scale) + shift)
 
 # %% ../nbs/06c_light_unet.ipynb #8de9ae2c
 class LightUNet(nn.Module):
-    "The UNet that the later lessons train: a twentieth of the source network's weights, about fifty times its images a second on a CPU."
+    """The UNet that the later lessons train: a twentieth of the source network's
+    weights, about fifty times its images a second on a CPU."""
+
     def __init__(
         self,
         c_in: int = 1,  # channels of the images that come in
         c_out: int = 1,  # channels of the prediction
         num_classes: int | None = None,  # None: no classes
-        widths: tuple = (32, 64, 64),  # channels at full size, half, quarter, ... of the gathered pixels
+        # channels at full size, half, quarter, ... of the gathered pixels
+        widths: tuple = (32, 64, 64),
         attention: tuple = (2,),  # levels with attention, 0 is full size
-        patch: int = 2,  # pixels are gathered patch x patch into channels first: fewer, thicker pixels
+        # pixels are gathered patch x patch into channels first: fewer, thicker pixels
+        patch: int = 2,
         time_dim: int = 128,  # length of the embedding; even
         heads: int = 4,  # of each attention
-    ):  # ValueError for a level that does not exist, channels that do not divide into heads
+        # ValueError for a level that does not exist, channels that do not divide into
+        # heads
+    ):
         super().__init__()
         levels, pairs = range(len(widths)), list(zip(widths, widths[1:]))
-        if not set(attention) <= set(levels): raise ValueError(f"attention at levels {list(attention)}: {len(widths)} widths make levels 0..{len(widths) - 1}")
-        self.config = dict(c_in=c_in, c_out=c_out, num_classes=num_classes, widths=list(widths), attention=list(attention),
-                           patch=patch, time_dim=time_dim, heads=heads)
-        self.time_dim, self.num_classes, self.multiple = time_dim, num_classes, patch * 2 ** levels[-1]
-        def level(i, c): return nn.ModuleList([FiLMBlock(c, widths[i], time_dim), SelfAttention(widths[i], heads) if i in attention else nn.Identity()])
-        self.time = nn.Sequential(nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
-        if num_classes is not None: self.label_emb = nn.Embedding(num_classes + 1, time_dim)  # last row: the null class
-        self.stem = nn.Sequential(nn.PixelUnshuffle(patch), nn.Conv2d(c_in * patch**2, widths[0], 3, padding=1))
-        self.shrink = nn.ModuleList([nn.Identity(), *(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)])
+        if not set(attention) <= set(levels):
+            raise ValueError(
+                f"attention at levels {list(attention)}: {len(widths)} widths make"
+                f" levels 0..{len(widths) - 1}"
+            )
+        self.config = dict(
+            c_in=c_in,
+            c_out=c_out,
+            num_classes=num_classes,
+            widths=list(widths),
+            attention=list(attention),
+            patch=patch,
+            time_dim=time_dim,
+            heads=heads,
+        )
+        self.time_dim, self.num_classes, self.multiple = (
+            time_dim,
+            num_classes,
+            patch * 2 ** levels[-1],
+        )
+
+        def level(i, c):
+            return nn.ModuleList(
+                [
+                    FiLMBlock(c, widths[i], time_dim),
+                    (
+                        SelfAttention(widths[i], heads)
+                        if i in attention
+                        else nn.Identity()
+                    ),
+                ]
+            )
+
+        self.time = nn.Sequential(
+            nn.Linear(time_dim, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
+        )
+        if num_classes is not None:
+            # last row: the null class
+            self.label_emb = nn.Embedding(num_classes + 1, time_dim)
+        self.stem = nn.Sequential(
+            nn.PixelUnshuffle(patch),
+            nn.Conv2d(c_in * patch**2, widths[0], 3, padding=1),
+        )
+        self.shrink = nn.ModuleList(
+            [
+                nn.Identity(),
+                *(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs),
+            ]
+        )
         self.downs = nn.ModuleList(level(i, widths[i]) for i in levels)
         self.mid = FiLMBlock(widths[-1], widths[-1], time_dim)
         self.ups = nn.ModuleList(level(i, 2 * widths[i]) for i in reversed(levels))
-        self.grow = nn.ModuleList([*(nn.Sequential(nn.Conv2d(b, a, 1), nn.Upsample(scale_factor=2)) for a, b in reversed(pairs)), nn.Identity()])
-        self.out = nn.Sequential(norm(widths[0]), nn.SiLU(), zeroed(nn.Conv2d(widths[0], c_out * patch**2, 3, padding=1)), nn.PixelShuffle(patch))
+        self.grow = nn.ModuleList(
+            [
+                *(
+                    nn.Sequential(nn.Conv2d(b, a, 1), nn.Upsample(scale_factor=2))
+                    for a, b in reversed(pairs)
+                ),
+                nn.Identity(),
+            ]
+        )
+        self.out = nn.Sequential(
+            norm(widths[0]),
+            nn.SiLU(),
+            zeroed(nn.Conv2d(widths[0], c_out * patch**2, 3, padding=1)),
+            nn.PixelShuffle(patch),
+        )
 
     def embed(self, t, cond):  # (B,) clock, (B,) labels or None -> (B,time_dim)
-        emb = self.time(timestep_embedding(t, self.time_dim).to(self.time[0].weight.dtype))
+        emb = self.time(
+            timestep_embedding(t, self.time_dim).to(self.time[0].weight.dtype)
+        )
         if self.num_classes is None:
-            if cond is not None: raise ValueError("this network was made without classes, so it takes no labels: LightUNet(num_classes=...) does")
+            if cond is not None:
+                raise ValueError(
+                    "this network was made without classes, so it takes no labels:"
+                    " LightUNet(num_classes=...) does"
+                )
             return F.silu(emb)
-        if cond is None: cond = torch.full((1,), self.num_classes, device=t.device)
+        if cond is None:
+            cond = torch.full((1,), self.num_classes, device=t.device)
         check_labels(cond, self.num_classes)
         return F.silu(emb + self.label_emb(cond))
 
@@ -85,9 +169,14 @@ class LightUNet(nn.Module):
         x: Tensor,  # (B,c_in,H,W)
         t: Tensor,  # (B,) clock values in 0..1000; (1,) for all
         cond: Tensor | None = None,  # labels (B,); None: the null class
-    ) -> Tensor:  # (B,c_out,H,W); ValueError for another shape, for sides that do not halve evenly, for labels without classes
+        # (B,c_out,H,W); ValueError for another shape, for sides that do not halve
+        # evenly, for labels without classes
+    ) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.config["c_in"]:
-            raise ValueError(f"this network takes images (B,{self.config['c_in']},H,W), not {tuple(x.shape)}")
+            raise ValueError(
+                f"this network takes images (B,{self.config['c_in']},H,W), not"
+                f" {tuple(x.shape)}"
+            )
         check_size(x.shape[2:], self.multiple)
         emb, x, skips = self.embed(t, cond), self.stem(x), []
         for shrink, (block, attend) in zip(self.shrink, self.downs):

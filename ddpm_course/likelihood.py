@@ -20,10 +20,13 @@ from .sde import probability_flow
 
 GREY = 2 / 255  # distance of two of 256 grey levels in [-1, 1]
 
+
 def bits_per_dim(
     log_prob: Tensor,  # (B,) nats: the log of a probability or of a density
     shape: tuple,  # of one example, such as (1, 32, 32)
-    width: float = 1.0,  # for a density: distance of two grey levels, GREY for images in [-1, 1]; 1: a probability
+    # for a density: distance of two grey levels, GREY for images in [-1, 1]; 1: a
+    # probability
+    width: float = 1.0,
 ) -> Tensor:  # (B,) bits
     "What one number of an example costs."
     return -(log_prob / math.prod(shape) + math.log(width)) / math.log(2)
@@ -35,15 +38,29 @@ def decoder_log_prob(
     std,  # a number, or (B,): noise level at the last time
     grey: int | None = 256,  # number of grey levels; None: a density, for any data
 ) -> Tensor:  # (B,) nats
-    "How likely x0 is in the last step: the part of a normal law that falls to its grey level (Ho et al. 2020, eq. 13)."
+    """How likely x0 is in the last step: the part of a normal law that falls to its
+    grey level (Ho et al. 2020, eq. 13)."""
     x0, std = _wide(x0), bcast(torch.as_tensor(std), x0).to(_wide(x0))
-    if grey is None: return (-((x0 - mean) / std) ** 2 / 2 - (2 * math.pi * std**2).log() / 2).flatten(1).sum(1)
-    if x0.abs().max() > 1: raise ValueError(f"grey levels are in [-1, 1], not {x0.min():g} to {x0.max():g}: for other data, grey=None")
+    if grey is None:
+        return (
+            (-(((x0 - mean) / std) ** 2) / 2 - (2 * math.pi * std**2).log() / 2)
+            .flatten(1)
+            .sum(1)
+        )
+    if x0.abs().max() > 1:
+        raise ValueError(
+            f"grey levels are in [-1, 1], not {x0.min():g} to {x0.max():g}: for other"
+            " data, grey=None"
+        )
     half = 1 / (grey - 1)
     lo = ((x0 - half - mean) / std).masked_fill(x0 < half - 1, -torch.inf)
     hi = ((x0 + half - mean) / std).masked_fill(x0 > 1 - half, torch.inf)
-    up = lo + hi > 0  # a normal law is symmetric: work in its lower half, where logarithms keep their digits
-    low, top = torch.special.log_ndtr(torch.where(up, -hi, lo)), torch.special.log_ndtr(torch.where(up, -lo, hi))
+    # a normal law is symmetric: work in its lower half, where logarithms keep their
+    # digits
+    up = lo + hi > 0
+    low, top = torch.special.log_ndtr(torch.where(up, -hi, lo)), torch.special.log_ndtr(
+        torch.where(up, -lo, hi)
+    )
     return (top + (-(low - top).expm1()).log()).flatten(1).sum(1)
 
 # %% ../nbs/15_likelihood.ipynb #a5816fc5
@@ -51,17 +68,35 @@ def noise_grid(
     process: Process,
     n: int = 100,  # steps
     level: float = 0.01,  # noise level sigma / alpha at the end
-) -> Tensor:  # (n+1,) falling times, from t_max to that level, in even steps of log SNR; ValueError if the process has no such level
+    # (n+1,) falling times, from t_max to that level, in even steps of log SNR;
+    # ValueError if the process has no such level
+) -> Tensor:
     "Times for likelihoods and encodings: they stop above 0, where sigma is 0."
-    strongest = (process.snr(torch.full((1,), float(process.t_max), dtype=torch.float64)) ** -0.5).item()
-    if not 0 < level < min(strongest, 80): raise ValueError(f"the last noise level is above 0 and below {min(strongest, 80):g}, not {level}")
+    strongest = (
+        process.snr(torch.full((1,), float(process.t_max), dtype=torch.float64)) ** -0.5
+    ).item()
+    if not 0 < level < min(strongest, 80):
+        raise ValueError(
+            f"the last noise level is above 0 and below {min(strongest, 80):g}, not"
+            f" {level}"
+        )
     return rho_steps(process, n + 1, sigma_min=level, rho=1000.0)[:-1]
+
 
 def _times(process, ts, n, level):
     "The grid that was asked for; ValueError unless it falls and stays above 0."
     ts = noise_grid(process, n, level) if ts is None else _wide(ts)
-    if ts.ndim == 1 and len(ts) > 1 and (ts.diff() < 0).all() and (process.sigma(ts) > 0).all(): return ts
-    raise ValueError(f"the times fall and end above 0, where sigma is 0: drop the last one of process.steps(n), or take noise_grid(process, n); not {ts}")
+    if (
+        ts.ndim == 1
+        and len(ts) > 1
+        and (ts.diff() < 0).all()
+        and (process.sigma(ts) > 0).all()
+    ):
+        return ts
+    raise ValueError(
+        "the times fall and end above 0, where sigma is 0: drop the last one of"
+        f" process.steps(n), or take noise_grid(process, n); not {ts}"
+    )
 
 # %% ../nbs/15_likelihood.ipynb #9524724c
 @torch.no_grad()
@@ -69,52 +104,101 @@ def variational_bound(
     denoise,  # (x, t) -> x0_hat
     process: Process,
     x0: Tensor,  # (B, ...) clean data
-    ts=None,  # (n+1,) falling times above 0, such as process.steps(1000)[:-1]; None: noise_grid(process, n, level)
+    # (n+1,) falling times above 0, such as process.steps(1000)[:-1]; None:
+    # noise_grid(process, n, level)
+    ts=None,
     n: int = 100,  # steps
     level: float = 0.01,  # noise level where the last step begins
     grey: int | None = 256,  # levels of the data; None: a density
-    variance: str = "posterior",  # of the model's steps: 'posterior' or 'beta', as in sampling.ancestral
+    # of the model's steps: 'posterior' or 'beta', as in sampling.ancestral
+    variance: str = "posterior",
     generator=None,  # a torch.Generator, or one per example
 ) -> dict:  # prior, decoder, total (B,); steps (n, B), all in nats; ts (n+1,)
-    "Upper bound on -log p(x0), term by term (Ho et al. 2020, eq. 5; Kingma et al. 2021); one random x_t for each term."
+    """Upper bound on -log p(x0), term by term (Ho et al. 2020, eq. 5; Kingma et al.
+    2021); one random x_t for each term."""
     ts = _times(process, ts, n, level).to(x0.device)
     snr, D, steps = process.snr(ts), x0[0].numel(), []
-    def sq(v): return _wide(v).pow(2).flatten(1).sum(1)
-    def guess(t): return denoise(process.add_noise(x0, t, randn(x0.shape, generator, x0.device, x0.dtype)), t)
+
+    def sq(v):
+        return _wide(v).pow(2).flatten(1).sum(1)
+
+    def guess(t):
+        return denoise(
+            process.add_noise(x0, t, randn(x0.shape, generator, x0.device, x0.dtype)), t
+        )
+
     for i, (t, s) in enumerate(zip(ts[:-1], ts[1:])):
-        r = choose(variance, dict(posterior=torch.ones_like(t), beta=(process.sigma(s) / process.sigma(t)) ** 2), "variance")
-        steps.append(D / 2 * (r - 1 - r.log()) + r / 2 * (snr[i + 1] - snr[i]) * sq(x0 - guess(t.expand(len(x0)))))
+        r = choose(
+            variance,
+            dict(
+                posterior=torch.ones_like(t),
+                beta=(process.sigma(s) / process.sigma(t)) ** 2,
+            ),
+            "variance",
+        )
+        steps.append(
+            D / 2 * (r - 1 - r.log())
+            + r / 2 * (snr[i + 1] - snr[i]) * sq(x0 - guess(t.expand(len(x0))))
+        )
     prior, steps = snr[0] / 2 * sq(x0), torch.stack(steps)
-    decoder = -decoder_log_prob(x0, guess(ts[-1].expand(len(x0))), snr[-1] ** -0.5, grey)
-    return dict(prior=prior, steps=steps, decoder=decoder, total=prior + steps.sum(0) + decoder, ts=ts)
+    decoder = -decoder_log_prob(
+        x0, guess(ts[-1].expand(len(x0))), snr[-1] ** -0.5, grey
+    )
+    return dict(
+        prior=prior,
+        steps=steps,
+        decoder=decoder,
+        total=prior + steps.sum(0) + decoder,
+        ts=ts,
+    )
 
 # %% ../nbs/15_likelihood.ipynb #fb622b56
 def anchored(
     denoise,  # (x, t) -> x0_hat
     process: Process,
     ts: Tensor,  # (K,) rising times
-    mse: Tensor,  # (K,) mean squared error per number of x0_hat at those times, measured on training data
+    # (K,) mean squared error per number of x0_hat at those times, measured on training
+    # data
+    mse: Tensor,
 ):  # a denoiser: (x, t) -> x0_hat
-    "Mix the estimate with the noisy image itself, each weighed by the inverse of its error: matters where the noise is below the network's error."
+    """Mix the estimate with the noisy image itself, each weighed by the inverse of its
+    error: matters where the noise is below the network's error."""
+
     def mixed(x, t):
         t = torch.as_tensor(t).expand(len(x))
-        error = bcast(torch.as_tensor(np.interp(t.cpu().numpy(), ts.cpu().numpy(), mse.cpu().numpy())), x).to(x)
+        error = bcast(
+            torch.as_tensor(
+                np.interp(t.cpu().numpy(), ts.cpu().numpy(), mse.cpu().numpy())
+            ),
+            x,
+        ).to(x)
         alpha, sigma = process.coeffs(t, x)
-        return (error * alpha * x + sigma**2 * denoise(x, t)) / (error * alpha**2 + sigma**2)  # x / alpha and x0_hat; no division by alpha, which may be 0
+        return (error * alpha * x + sigma**2 * denoise(x, t)) / (
+            error * alpha**2 + sigma**2
+        )  # x / alpha and x0_hat; no division by alpha, which may be 0
+
     return mixed
 
 # %% ../nbs/15_likelihood.ipynb #39135dea
 def make_probes(
     x: Tensor,  # (B, ...)
     n: int = 1,  # random vectors of signs
-    exact: bool = False,  # all axes instead: the exact trace, at the price of one backward pass per dimension
+    # all axes instead: the exact trace, at the price of one backward pass per dimension
+    exact: bool = False,
     generator=None,
 ) -> Tensor:  # (n or D, B, ...); ValueError if n < 1
     "Vectors whose outer products are the identity on average (Hutchinson 1989)."
-    if n < 1: raise ValueError(f"an estimate takes at least 1 probe, not {n}")
+    if n < 1:
+        raise ValueError(f"an estimate takes at least 1 probe, not {n}")
     D = x[0].numel()
-    if exact: return D**0.5 * torch.eye(D, dtype=x.dtype, device=x.device).reshape(D, 1, *x.shape[1:]).expand(D, *x.shape)
-    return torch.stack([randn(x.shape, generator, x.device, x.dtype).sign() for _ in range(n)])
+    if exact:
+        return D**0.5 * torch.eye(D, dtype=x.dtype, device=x.device).reshape(
+            D, 1, *x.shape[1:]
+        ).expand(D, *x.shape)
+    return torch.stack(
+        [randn(x.shape, generator, x.device, x.dtype).sign() for _ in range(n)]
+    )
+
 
 def with_trace(
     f,  # (B, ...) -> (B, ...), example by example
@@ -126,32 +210,54 @@ def with_trace(
         x = x.detach().requires_grad_()
         y = f(x)
         pulled = [torch.autograd.grad(y, x, p, retain_graph=True)[0] for p in probes]
-    return y.detach(), torch.stack([(p * g).flatten(1).sum(1) for p, g in zip(probes, pulled)]).mean(0)
+    return y.detach(), torch.stack(
+        [(p * g).flatten(1).sum(1) for p, g in zip(probes, pulled)]
+    ).mean(0)
 
 # %% ../nbs/15_likelihood.ipynb #5975901d
-def _adaptive(denoise, process, x, t_from, t_to, probes, rtol, atol):  # x at t_to, integral of the divergence (B,), evaluations
+# x at t_to, integral of the divergence (B,), evaluations
+def _adaptive(denoise, process, x, t_from, t_to, probes, rtol, atol):
     from scipy.integrate import solve_ivp
+
     velocity, B = probability_flow(denoise, process), len(x)
+
     def field(t, state):
         at = torch.as_tensor(state[B:]).to(x).reshape(x.shape)
-        v, div = with_trace(lambda y: velocity(y, torch.full((1,), t, dtype=_wide(x).dtype, device=x.device)), at, probes)
+        v, div = with_trace(
+            lambda y: velocity(
+                y, torch.full((1,), t, dtype=_wide(x).dtype, device=x.device)
+            ),
+            at,
+            probes,
+        )
         return torch.cat([div.double().cpu(), v.double().cpu().flatten()]).numpy()
-    start = torch.cat([torch.zeros(B, dtype=torch.float64), x.double().cpu().flatten()]).numpy()
+
+    start = torch.cat(
+        [torch.zeros(B, dtype=torch.float64), x.double().cpu().flatten()]
+    ).numpy()
     found = solve_ivp(field, (t_from.item(), t_to.item()), start, rtol=rtol, atol=atol)
-    if not found.success: raise ValueError(f"the solver stopped at t = {found.t[-1]:g}: {found.message}")
+    if not found.success:
+        raise ValueError(f"the solver stopped at t = {found.t[-1]:g}: {found.message}")
     end = torch.as_tensor(found.y[:, -1])
     return end[B:].to(x).reshape(x.shape), end[:B].to(x.device), found.nfev
+
 
 def _fixed(denoise, process, x, ts, probes):  # the same along rising times
     def watched(x, t):
         x0_hat, trace = with_trace(lambda y: denoise(y, t), x, probes)
         traces.append(_wide(trace))
         return x0_hat
+
     traces, a, log_s = [], process.alpha(ts), process.sigma(ts).log()
     x = sample(watched, process, x, ts, heun)
     volume = x[0].numel() * (log_s[-1] - log_s[0])
-    for i, (u, v) in enumerate(zip(traces[::2], traces[1::2])):  # the two evaluations of each of Heun's steps
-        volume = volume + (a[i + 1] - a[i]) * (u + v) / 2 - (log_s[i + 1] - log_s[i]) * (a[i] * u + a[i + 1] * v) / 2
+    # the two evaluations of each of Heun's steps
+    for i, (u, v) in enumerate(zip(traces[::2], traces[1::2])):
+        volume = (
+            volume
+            + (a[i + 1] - a[i]) * (u + v) / 2
+            - (log_s[i + 1] - log_s[i]) * (a[i] * u + a[i + 1] * v) / 2
+        )
     return x, volume, len(traces)
 
 # %% ../nbs/15_likelihood.ipynb #e0eaaa0c
@@ -159,22 +265,42 @@ def log_likelihood(
     denoise,  # (x, t) -> x0_hat, differentiable
     process: Process,
     x: Tensor,  # (B, ...) data
-    ts=None,  # falling times above 0, such as noise_grid(process, 50, level): Heun on them; None: steps that adapt to the error
+    # falling times above 0, such as noise_grid(process, 50, level): Heun on them; None:
+    # steps that adapt to the error
+    ts=None,
     level: float = 0.01,  # noise level that blurs the data, where ts is None
     n_probes: int = 1,  # random vectors for the trace
     exact: bool = False,  # the exact trace instead, for few dimensions
     rtol: float = 1e-5,  # relative and absolute error per step of the adaptive solver
     atol: float = 1e-5,
-    prior=None,  # log-density of the noise at the first time, x -> (B,); None: N(0, sigma^2)
+    # log-density of the noise at the first time, x -> (B,); None: N(0, sigma^2)
+    prior=None,
     generator=None,  # a torch.Generator, or one per example
-):  # (B,) nats, the log-density of data blurred by the noise level; number of evaluations
-    "Log-likelihood by the probability-flow ODE (Song et al. 2021, section 4.3; trace: Grathwohl et al. 2019)."
+    # (B,) nats, the log-density of data blurred by the noise level; number of
+    # evaluations
+):
+    """Log-likelihood by the probability-flow ODE (Song et al. 2021, section 4.3; trace:
+    Grathwohl et al. 2019)."""
     grid = _times(process, ts, 1, level).to(x.device)
-    D, sigma, alpha, start = x[0].numel(), process.sigma(grid[0]), process.alpha(grid[-1]), process.coeffs(grid[-1], x)[0] * x
+    D, sigma, alpha, start = (
+        x[0].numel(),
+        process.sigma(grid[0]),
+        process.alpha(grid[-1]),
+        process.coeffs(grid[-1], x)[0] * x,
+    )
     probes = make_probes(x, n_probes, exact, generator)
-    if ts is None: z, volume, n = _adaptive(denoise, process, start, grid[-1], grid[0], probes, rtol, atol)
-    else: z, volume, n = _fixed(denoise, process, start, grid.flip(0), probes)
-    log_p = -_wide(z).pow(2).flatten(1).sum(1) / (2 * sigma**2) - D / 2 * (2 * math.pi * sigma**2).log() if prior is None else prior(z)
+    if ts is None:
+        z, volume, n = _adaptive(
+            denoise, process, start, grid[-1], grid[0], probes, rtol, atol
+        )
+    else:
+        z, volume, n = _fixed(denoise, process, start, grid.flip(0), probes)
+    log_p = (
+        -_wide(z).pow(2).flatten(1).sum(1) / (2 * sigma**2)
+        - D / 2 * (2 * math.pi * sigma**2).log()
+        if prior is None
+        else prior(z)
+    )
     return log_p + volume + D * alpha.log(), n
 
 # %% ../nbs/15_likelihood.ipynb #62611dff
@@ -183,9 +309,12 @@ def dequantise(
     grey: int = 256,  # their number
     generator=None,
 ) -> Tensor:  # (B, ...) points, at most half a level away
-    "Spread every value evenly over the interval of its grey level; then use bits_per_dim(..., width=2 / (grey - 1))."
+    """Spread every value evenly over the interval of its grey level; then use
+    bits_per_dim(..., width=2 / (grey - 1))."""
     at = x0.device if generator is None else generator.device
-    u = torch.rand(x0.shape, generator=generator, device=at, dtype=x0.dtype).to(x0.device)
+    u = torch.rand(x0.shape, generator=generator, device=at, dtype=x0.dtype).to(
+        x0.device
+    )
     return x0 + (2 * u - 1) / (grey - 1)
 
 # %% ../nbs/15_likelihood.ipynb #c61fbf32
@@ -193,18 +322,21 @@ def ode_bound(
     denoise,  # (x, t) -> x0_hat, differentiable
     process: Process,
     x0: Tensor,  # (B, ...) clean data
-    ts=None,  # falling times above 0 (Heun on them); None: adaptive steps, down to level
+    # falling times above 0 (Heun on them); None: adaptive steps, down to level
+    ts=None,
     level: float = 0.01,  # noise level of the dequantisation, where ts is None
     grey: int | None = 256,  # levels of the data; None: a density
     generator=None,
     **kw,  # as for log_likelihood
 ):  # (B,) nats, a lower bound on log P(x0); number of evaluations
-    "The ODE's likelihood of a slightly noisy image, and the decoder for the rest: to be compared with variational_bound."
+    """The ODE's likelihood of a slightly noisy image, and the decoder for the rest: to
+    be compared with variational_bound."""
     grid = _times(process, ts, 1, level)
     ell, t = process.snr(grid[-1]) ** -0.5, grid[-1].expand(len(x0))
     x = x0 + ell.to(x0) * randn(x0.shape, generator, x0.device, x0.dtype)
     log_p, n = log_likelihood(denoise, process, x, ts, level, generator=generator, **kw)
-    with torch.no_grad(): mean = denoise(process.coeffs(t, x)[0] * x, t)
+    with torch.no_grad():
+        mean = denoise(process.coeffs(t, x)[0] * x, t)
     entropy = x0[0].numel() / 2 * (2 * math.pi * math.e * ell**2).log()
     return log_p + entropy + decoder_log_prob(x0, mean, ell, grey), n + 1
 
@@ -213,20 +345,33 @@ def encode(
     denoise,  # (x, t) -> x0_hat
     process: Process,
     x: Tensor,  # (B, ...) data
-    ts=None,  # falling times above 0, as for `decode`; None: noise_grid(process, n, level)
+    # falling times above 0, as for `decode`; None: noise_grid(process, n, level)
+    ts=None,
     n: int = 50,  # steps
     level: float = 0.01,  # noise level that x is taken to have
     step=heun,  # a deterministic step: heun, or euler (DDIM)
 ) -> Tensor:  # (B, ...) the latent: x at t_max
-    "From an image to its noise, along the probability-flow ODE (Song et al. 2021, section 4.3)."
+    """From an image to its noise, along the probability-flow ODE (Song et al. 2021,
+    section 4.3)."""
     ts = _times(process, ts, n, level).to(x.device)
     return sample(denoise, process, process.coeffs(ts[-1], x)[0] * x, ts.flip(0), step)
 
-def decode(denoise, process: Process, z: Tensor, ts=None, n: int = 50, level: float = 0.01, step=heun) -> Tensor:
-    "The way back: from a latent (B, ...) at t_max to data, with the arguments of `encode`."
+
+def decode(
+    denoise,
+    process: Process,
+    z: Tensor,
+    ts=None,
+    n: int = 50,
+    level: float = 0.01,
+    step=heun,
+) -> Tensor:
+    """The way back: from a latent (B, ...) at t_max to data, with the arguments of
+    `encode`."""
     ts = _times(process, ts, n, level).to(z.device)
     x = sample(denoise, process, z, ts, step)
     return x / process.coeffs(ts[-1], x)[0]
+
 
 def slerp(
     a: Tensor,  # (B, ...) where w is 0
@@ -234,7 +379,18 @@ def slerp(
     w,  # a number, or (B,)
 ) -> Tensor:  # (B, ...); ValueError if the shapes differ
     "Along the arc from a to b at even speed; along the line where they are parallel."
-    if a.shape != b.shape: raise ValueError(f"slerp goes between two batches of one shape, not {tuple(a.shape)} and {tuple(b.shape)}")
-    w, (u, v) = torch.as_tensor(w).to(a), (x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True) for x in (a, b))
-    angle = (2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1))).clamp(min=1e-6)  # exact for small angles too
-    return bcast(((1 - w) * angle).sin() / angle.sin(), a) * a + bcast((w * angle).sin() / angle.sin(), b) * b
+    if a.shape != b.shape:
+        raise ValueError(
+            f"slerp goes between two batches of one shape, not {tuple(a.shape)} and"
+            f" {tuple(b.shape)}"
+        )
+    w, (u, v) = torch.as_tensor(w).to(a), (
+        x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True) for x in (a, b)
+    )
+    angle = (2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1))).clamp(
+        min=1e-6
+    )  # exact for small angles too
+    return (
+        bcast(((1 - w) * angle).sin() / angle.sin(), a) * a
+        + bcast((w * angle).sin() / angle.sin(), b) * b
+    )

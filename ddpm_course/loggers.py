@@ -16,17 +16,30 @@ from .core import save_images
 
 # %% ../nbs/94_loggers.ipynb #50fa0a9d
 class LocalLogger:
-    "Records a run in its folder: log.jsonl with a line per call, images/ with a PNG per picture."
+    """Records a run in its folder: log.jsonl with a line per call, images/ with a PNG
+    per picture."""
+
     def __init__(
         self,
         run,  # run folder
-        step: int = 0,  # continue after this step: later lines, of work that was lost, are dropped
+        # continue after this step: later lines, of work that was lost, are dropped
+        step: int = 0,
     ):
         self.folder, self.start = Path(run), time.time()
         self.path = self.folder / "log.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_log(self.folder, raw=True) if json.loads(line)["step"] <= step] if step else []
-        if kept: self.start -= json.loads(kept[-1]).get("seconds", 0)  # the clock goes on, too
+        kept = (
+            [
+                line
+                for line in read_log(self.folder, raw=True)
+                if json.loads(line)["step"] <= step
+            ]
+            if step
+            else []
+        )
+        if kept:
+            # the clock goes on, too
+            self.start -= json.loads(kept[-1]).get("seconds", 0)
         write_atomic(self.path, "".join(line + "\n" for line in kept).encode())
 
     def __call__(
@@ -38,10 +51,19 @@ class LocalLogger:
     ):
         line = dict(step=step, seconds=round(time.time() - self.start, 2), **scalars)
         for name, x in (images or {}).items():
-            line[name] = str(save_images(x, self.folder / "images" / f"{name}-{step:07d}.png").relative_to(self.folder).as_posix())
-        with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps({**line, **{k: str(v) for k, v in (files or {}).items()}}) + "\n")
+            line[name] = str(
+                save_images(x, self.folder / "images" / f"{name}-{step:07d}.png")
+                .relative_to(self.folder)
+                .as_posix()
+            )
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(
+                json.dumps({**line, **{k: str(v) for k, v in (files or {}).items()}})
+                + "\n"
+            )
 
-    def close(self): pass
+    def close(self):
+        pass
 
 # %% ../nbs/94_loggers.ipynb #e1de22cf
 def read_log(
@@ -51,8 +73,10 @@ def read_log(
     "What a LocalLogger wrote; a last line that a crash cut short is left out."
     path, good = Path(run, "log.jsonl"), []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try: value = json.loads(line)
-        except ValueError: continue
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
         good.append(line if raw else value)
     return good
 
@@ -60,62 +84,123 @@ def read_log(
 def run_id(
     run,  # run folder
     step: int = 0,  # steps done before: above 0, a training goes on
-) -> str:  # the id kept in the folder, where a training goes on; else a new one, which is written there
+    # the id kept in the folder, where a training goes on; else a new one, which is
+    # written there
+) -> str:
     "Which W&B run a run folder belongs to."
     note = Path(run, "wandb.json")
     try:
-        if step: return str(read_json(note)["id"])
-    except (CheckpointError, KeyError): pass  # it was not logged to W&B until now
+        if step:
+            return str(read_json(note)["id"])
+    except (CheckpointError, KeyError):
+        pass  # it was not logged to W&B until now
     value = os.urandom(4).hex()
     write_json(note, dict(id=value))
     return value
 
 # %% ../nbs/94_loggers.ipynb #03128ce1
 def wandb_logged_in() -> bool:
-    "Has this person a key for Weights & Biases? Looks at the environment and at netrc, never asks, never connects."
+    """Has this person a key for Weights & Biases? Looks at the environment and at
+    netrc, never asks, never connects."""
     import netrc
-    if os.environ.get("WANDB_API_KEY"): return True
-    try: return netrc.netrc(os.environ.get("NETRC")).authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError): return False
+
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return (
+            netrc.netrc(os.environ.get("NETRC")).authenticators("api.wandb.ai")
+            is not None
+        )
+    except (OSError, netrc.NetrcParseError):
+        return False
+
 
 class WandbLogger:
-    "The same calls, to Weights & Biases: online for who is logged in, else offline into the run folder; never a prompt."
-    def __init__(self, run, config: dict | None = None, mode: str | None = None, project: str = "ddpm_course", step: int = 0):
+    """The same calls, to Weights & Biases: online for who is logged in, else offline
+    into the run folder; never a prompt."""
+
+    def __init__(
+        self,
+        run,
+        config: dict | None = None,
+        mode: str | None = None,
+        project: str = "ddpm_course",
+        step: int = 0,
+    ):
         import wandb
+
         self.wandb = wandb
-        mode = mode or os.environ.get("WANDB_MODE") or ("online" if wandb_logged_in() else "offline")
-        if mode not in ("offline", "disabled") and not wandb_logged_in(): mode = "offline"  # or its client would stop and ask
+        mode = (
+            mode
+            or os.environ.get("WANDB_MODE")
+            or ("online" if wandb_logged_in() else "offline")
+        )
+        if mode not in ("offline", "disabled") and not wandb_logged_in():
+            mode = "offline"  # or its client would stop and ask
         Path(run).mkdir(parents=True, exist_ok=True)
         self.folder = Path(run)
-        kw = dict(project=project, dir=str(run), config=config, reinit="create_new", id=run_id(run, step), resume="allow")
-        def settings(): return wandb.Settings(silent=True, console="off", init_timeout=20, login_timeout=10)
-        try: self.run = wandb.init(mode=mode, settings=settings(), **kw)
+        kw = dict(
+            project=project,
+            dir=str(run),
+            config=config,
+            reinit="create_new",
+            id=run_id(run, step),
+            resume="allow",
+        )
+
+        def settings():
+            return wandb.Settings(
+                silent=True, console="off", init_timeout=20, login_timeout=10
+            )
+
+        try:
+            self.run = wandb.init(mode=mode, settings=settings(), **kw)
         except Exception as e:  # no server, a key that is refused, a time-out: training matters more
-            if mode == "offline": raise
-            print(f"W&B does not answer ({type(e).__name__}); logging offline to {run}/wandb")
+            if mode == "offline":
+                raise
+            print(
+                f"W&B does not answer ({type(e).__name__}); logging offline to"
+                f" {run}/wandb"
+            )
             self.run = wandb.init(mode="offline", settings=settings(), **kw)
 
     def __call__(self, step, scalars, images=None, files=None):
         from ddpm_course.core import grid
-        pictures = {k: self.wandb.Image(grid(x).permute(1, 2, 0).numpy()) for k, x in (images or {}).items()}
+
+        pictures = {
+            k: self.wandb.Image(grid(x).permute(1, 2, 0).numpy())
+            for k, x in (images or {}).items()
+        }
         self.run.log({**scalars, **pictures}, step=step)
         for name, path in (files or {}).items():
-            artifact = self.wandb.Artifact(name, type="model", metadata=dict(step=step, **scalars))
-            if Path(path).is_dir(): artifact.add_dir(str(path), name=f"checkpoints/{Path(path).name}")
-            else: artifact.add_file(str(path))
-            if (self.folder / "config.json").exists(): artifact.add_file(str(self.folder / "config.json"))  # a run folder that loads
+            artifact = self.wandb.Artifact(
+                name, type="model", metadata=dict(step=step, **scalars)
+            )
+            if Path(path).is_dir():
+                artifact.add_dir(str(path), name=f"checkpoints/{Path(path).name}")
+            else:
+                artifact.add_file(str(path))
+            if (self.folder / "config.json").exists():
+                # a run folder that loads
+                artifact.add_file(str(self.folder / "config.json"))
             self.run.log_artifact(artifact)
 
-    def close(self): self.run.finish()
+    def close(self):
+        self.run.finish()
 
 # %% ../nbs/94_loggers.ipynb #932c5346
 def default_loggers(
     run,  # run folder; None: nothing is recorded
     config: dict | None = None,  # what W&B shows beside the run
-    wandb: bool | None = None,  # True: also W&B; None: only for who is logged in; False: never
+    # True: also W&B; None: only for who is logged in; False: never
+    wandb: bool | None = None,
     step: int = 0,  # steps done before, when a run goes on
 ) -> list:
     "A local logger, and W&B for who is logged in or asks for it."
-    if run is None: return []
-    if wandb is None: wandb = wandb_logged_in() and os.environ.get("WANDB_MODE") != "disabled"
-    return [LocalLogger(run, step)] + ([WandbLogger(run, config, step=step)] if wandb else [])
+    if run is None:
+        return []
+    if wandb is None:
+        wandb = wandb_logged_in() and os.environ.get("WANDB_MODE") != "disabled"
+    return [LocalLogger(run, step)] + (
+        [WandbLogger(run, config, step=step)] if wandb else []
+    )

@@ -16,7 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError, load_weights, newest_whole, read_json
+from ddpm_course.checkpoint import (
+    CheckpointError,
+    load_weights,
+    newest_whole,
+    read_json,
+)
 from .core import choose, default_device, example_generators, randn
 from .denoiser import PARAMS, Denoiser, edm_param, exact_denoiser
 from .ema import EMA
@@ -28,31 +33,78 @@ from .light_unet import LightUNet
 from .unet import UNet, UNet_conditional, check_size
 
 # %% ../nbs/98_model.ipynb #ef2cbe92
-PROCESSES = dict(ddpm="process.DDPM", ncsn="score.NCSN", vp="sde.VP", sub_vp="sde.SubVP", ve="sde.VE", edm="edm.EDM", flow="flow.Flow")
-SAMPLERS = dict(euler="sampling.euler", ancestral="sampling.ancestral", heun="sampling.heun", langevin="score.annealed", euler_maruyama="sde.euler_maruyama",
-                predictor_corrector="sde.corrected()", churn="edm.churn()", dpmpp_2m="solvers.dpmpp_2m()", unipc="solvers.unipc()")  # (): makes a step
+PROCESSES = dict(
+    ddpm="process.DDPM",
+    ncsn="score.NCSN",
+    vp="sde.VP",
+    sub_vp="sde.SubVP",
+    ve="sde.VE",
+    edm="edm.EDM",
+    flow="flow.Flow",
+)
+SAMPLERS = dict(
+    euler="sampling.euler",
+    ancestral="sampling.ancestral",
+    heun="sampling.heun",
+    langevin="score.annealed",
+    euler_maruyama="sde.euler_maruyama",
+    predictor_corrector="sde.corrected()",
+    churn="edm.churn()",
+    dpmpp_2m="solvers.dpmpp_2m()",
+    unipc="solvers.unipc()",
+)  # (): makes a step
 NETS = dict(UNet=UNet, UNet_conditional=UNet_conditional, LightUNet=LightUNet)
+
 
 def param_config(param) -> dict:
     "What to write down of a prediction so that `make_param` finds it again."
-    return getattr(param, "config", None) or dict(name=next(k for k, f in PARAMS.items() if f is param))
+    return getattr(param, "config", None) or dict(
+        name=next(k for k, f in PARAMS.items() if f is param)
+    )
 
-def make_param(name: str, **kw): return choose(name, PARAMS | dict(edm=edm_param), "prediction") if name != "edm" else edm_param(**kw)
-def _named(where: str):  # 'module.name' of this package; modules of Part II are imported only when they are asked for
+
+def make_param(name: str, **kw):
+    return (
+        choose(name, PARAMS | dict(edm=edm_param), "prediction")
+        if name != "edm"
+        else edm_param(**kw)
+    )
+
+
+# 'module.name' of this package; modules of Part II are imported only when they are
+# asked for
+def _named(where: str):
     module, name = where.removesuffix("()").split(".")
     found = getattr(import_module(f"ddpm_course.{module}"), name)
     return found() if where.endswith("()") else found
 
-def make_process(name: str, **kw): return _named(choose(name, PROCESSES, "process"))(**kw)
-def make_step(name: str): return _named(choose(name, SAMPLERS, "sampler"))
-def make_net(name: str, **kw): return choose(name, NETS, "network")(**kw)
+
+def make_process(name: str, **kw):
+    return _named(choose(name, PROCESSES, "process"))(**kw)
+
+
+def make_step(name: str):
+    return _named(choose(name, SAMPLERS, "sampler"))
+
+
+def make_net(name: str, **kw):
+    return choose(name, NETS, "network")(**kw)
 
 # %% ../nbs/98_model.ipynb #5579fcb6
-SUMS = dict(v=("alpha^2 + sigma^2", lambda a, s: a**2 + s**2), velocity=("alpha + sigma", lambda a, s: a + s))  # 1, or the target is not what its name says
+SUMS = dict(
+    v=("alpha^2 + sigma^2", lambda a, s: a**2 + s**2),
+    velocity=("alpha + sigma", lambda a, s: a + s),
+)  # 1, or the target is not what its name says
+
 
 def _refused(what, name, process, why, others):
     goes = [k for k in others if not why(process, k)]
-    return ValueError(f"{what} {name} does not go with {process.config['name']}: {why(process, name)}; take {' or '.join(filter(None, [', '.join(goes[:-1]), *goes[-1:]]))}")
+    return ValueError(
+        f"{what} {name} does not go with {process.config['name']}:"
+        f" {why(process, name)}; take"
+        f" {' or '.join(filter(None, [', '.join(goes[:-1]), *goes[-1:]]))}"
+    )
+
 
 def param_misfit(process, name: str) -> str:  # '' where they go together
     "Why a process cannot carry a prediction, from its alpha and sigma at 64 times."
@@ -60,62 +112,131 @@ def param_misfit(process, name: str) -> str:  # '' where they go together
     if name in SUMS:
         text, total = SUMS[name][0], SUMS[name][1](process.alpha(t), process.sigma(t))
         worst = total[(total - 1).abs().argmax()].item()
-        if abs(worst - 1) > 1e-6: return f"{name} is what it says where {text} = 1, and here that sum reaches {worst:.4g}"
-    try: Denoiser(nn.Identity(), process, make_param(name))
-    except ValueError: return f"{name} divides by alpha, which is 0 where there is only noise"
+        if abs(worst - 1) > 1e-6:
+            return (
+                f"{name} is what it says where {text} = 1, and here that sum reaches"
+                f" {worst:.4g}"
+            )
+    try:
+        Denoiser(nn.Identity(), process, make_param(name))
+    except ValueError:
+        return f"{name} divides by alpha, which is 0 where there is only noise"
     return ""
 
+
 def check_param(process, name: str | None = None) -> str:  # the name; ValueError
-    "A prediction that the process can carry; None: the velocity of a straight line, EDM's mix where noise is only added, else x0."
+    """A prediction that the process can carry; None: the velocity of a straight line,
+    EDM's mix where noise is only added, else x0."""
     if name is None:
-        end = torch.tensor([process.t_max / 2, process.t_max], dtype=torch.float64, device="cpu")
-        return "velocity" if not param_misfit(process, "velocity") else "edm" if (process.alpha(end) == 1).all() else "x0"
+        end = torch.tensor(
+            [process.t_max / 2, process.t_max], dtype=torch.float64, device="cpu"
+        )
+        return (
+            "velocity"
+            if not param_misfit(process, "velocity")
+            else "edm" if (process.alpha(end) == 1).all() else "x0"
+        )
     make_param(name)  # knows all names
-    if param_misfit(process, name): raise _refused("prediction", name, process, param_misfit, [*PARAMS, "edm"])
+    if param_misfit(process, name):
+        raise _refused("prediction", name, process, param_misfit, [*PARAMS, "edm"])
     return name
 
 # %% ../nbs/98_model.ipynb #118eef56
 def step_misfit(process, name: str) -> str:  # '' where they go together
-    "Why a sampler cannot walk a process: two steps, with the exact denoiser of two points."
-    two, g = exact_denoiser(process, torch.tensor([[-1.0], [1.0]], device="cpu")), torch.Generator().manual_seed(0)
-    try: x = sample(two, process, process.init_noise((4, 1), "cpu", g), process.steps(2, "cpu"), make_step(name), generator=g)
-    except ValueError as e: return str(e)
-    if x.isfinite().all(): return ""
-    return "its numbers are not finite" + ", as it divides by alpha, which is 0 where there is only noise" * bool(process.alpha(torch.tensor([float(process.t_max)])) == 0)
+    """Why a sampler cannot walk a process: two steps, with the exact denoiser of two
+    points."""
+    two, g = exact_denoiser(
+        process, torch.tensor([[-1.0], [1.0]], device="cpu")
+    ), torch.Generator().manual_seed(0)
+    try:
+        x = sample(
+            two,
+            process,
+            process.init_noise((4, 1), "cpu", g),
+            process.steps(2, "cpu"),
+            make_step(name),
+            generator=g,
+        )
+    except ValueError as e:
+        return str(e)
+    if x.isfinite().all():
+        return ""
+    return (
+        "its numbers are not finite"
+        + ", as it divides by alpha, which is 0 where there is only noise"
+        * bool(process.alpha(torch.tensor([float(process.t_max)])) == 0)
+    )
+
 
 def check_step(process, name: str):  # the step; ValueError. The process is on the CPU
     "A sampler by its name, if it can walk the process."
     step = make_step(name)
-    if step_misfit(process, name): raise _refused("sampler", name, process, step_misfit, SAMPLERS)
+    if step_misfit(process, name):
+        raise _refused("sampler", name, process, step_misfit, SAMPLERS)
     return step
 
 # %% ../nbs/98_model.ipynb #d8a4c3a4
 class Model:
     "A denoiser, the moving average of its weights, and how to write down what it is."
+
     def __init__(
         self,
-        net: nn.Module | None = None,  # (x, clock, cond) -> prediction; None: the course's light UNet
-        process=None,  # forward process, or its name ('ddpm', 'vp', 'edm', 'flow', ...); None: DDPM(1000, 'cosine')
-        param="x0",  # what the network predicts: a name ('eps', 'x0', 'v', ...) or a function of denoiser
+        # (x, clock, cond) -> prediction; None: the course's light UNet
+        net: nn.Module | None = None,
+        # forward process, or its name ('ddpm', 'vp', 'edm', 'flow', ...); None:
+        # DDPM(1000, 'cosine')
+        process=None,
+        # what the network predicts: a name ('eps', 'x0', 'v', ...) or a function of
+        # denoiser
+        param="x0",
         shape: tuple = (1, 32, 32),  # (C,H,W) of one image
         num_classes: int = 0,  # 0: no labels
         classes=None,  # their names
         p_uncond: float = 0.1,  # share of the labels dropped in training, for guidance
         device=None,  # 'cuda', 'mps', 'cpu'; None: the best there is
         seed: int = 0,  # of the first weights, the noise and the label dropout
-    ):  # ValueError: shape that the network cannot halve, unknown prediction or device, names for other classes
-        if not shape or min(shape) < 1: raise ValueError(f"shape is (channels, height, width) of one image, or (numbers,) of a point, not {tuple(shape)}")
-        if num_classes < 0 or classes is not None and len(classes) != num_classes: raise ValueError(f"num_classes={num_classes}, and {len(classes or ())} names in classes: give as many as there are classes")
-        if not 0 <= p_uncond <= 1: raise ValueError(f"p_uncond is a share of the labels, from 0 to 1, not {p_uncond}")
-        self.device, self.shape, self.num_classes, self.null = default_device(device), tuple(shape), num_classes, num_classes
-        self.classes, self.p_uncond, self.seed = list(classes or map(str, range(num_classes))), p_uncond, seed
+        # ValueError: shape that the network cannot halve, unknown prediction or device,
+        # names for other classes
+    ):
+        if not shape or min(shape) < 1:
+            raise ValueError(
+                "shape is (channels, height, width) of one image, or (numbers,) of a"
+                f" point, not {tuple(shape)}"
+            )
+        if num_classes < 0 or classes is not None and len(classes) != num_classes:
+            raise ValueError(
+                f"num_classes={num_classes}, and {len(classes or ())} names in classes:"
+                " give as many as there are classes"
+            )
+        if not 0 <= p_uncond <= 1:
+            raise ValueError(
+                f"p_uncond is a share of the labels, from 0 to 1, not {p_uncond}"
+            )
+        self.device, self.shape, self.num_classes, self.null = (
+            default_device(device),
+            tuple(shape),
+            num_classes,
+            num_classes,
+        )
+        self.classes, self.p_uncond, self.seed = (
+            list(classes or map(str, range(num_classes))),
+            p_uncond,
+            seed,
+        )
         if net is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 net = LightUNet(self.shape[0], self.shape[0], num_classes or None)
-        if hasattr(net, "multiple"): check_size(self.shape[1:], net.multiple)
-        process = DDPM(1000, "cosine") if process is None else make_process(process) if isinstance(process, str) else process
-        self.model = Denoiser(net, process, make_param(param) if isinstance(param, str) else param).to(self.device)
+        if hasattr(net, "multiple"):
+            check_size(self.shape[1:], net.multiple)
+        process = (
+            DDPM(1000, "cosine")
+            if process is None
+            else make_process(process) if isinstance(process, str) else process
+        )
+        self.model = Denoiser(
+            net, process, make_param(param) if isinstance(param, str) else param
+        ).to(self.device)
         self.process = self.model.process
         self.ema_model = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.ema, self.step = EMA(), 0
@@ -125,19 +246,37 @@ class Model:
     def config(self) -> dict:  # JSON: everything to build the same model again
         net = self.model.net
         known = type(net).__name__ in NETS and hasattr(net, "config")
-        return dict(net=dict(name=type(net).__name__, **net.config) if known else None, process=self.process.config,
-                    param=param_config(self.model.param), shape=list(self.shape), num_classes=self.num_classes,
-                    classes=self.classes, p_uncond=self.p_uncond, seed=self.seed)
+        return dict(
+            net=dict(name=type(net).__name__, **net.config) if known else None,
+            process=self.process.config,
+            param=param_config(self.model.param),
+            shape=list(self.shape),
+            num_classes=self.num_classes,
+            classes=self.classes,
+            p_uncond=self.p_uncond,
+            seed=self.seed,
+        )
 
     @classmethod
-    def from_config(cls, config: dict, device=None, net: nn.Module | None = None):  # CheckpointError if it does not describe a model
-        "The same model again, with fresh weights; `net` only where it was a network of your own."
+    # CheckpointError if it does not describe a model
+    def from_config(cls, config: dict, device=None, net: nn.Module | None = None):
+        """The same model again, with fresh weights; `net` only where it was a network
+        of your own."""
         try:
-            made = dict(net=make_net(**config["net"]) if net is None else net, process=make_process(**config["process"]), param=make_param(**config["param"]))
+            made = dict(
+                net=make_net(**config["net"]) if net is None else net,
+                process=make_process(**config["process"]),
+                param=make_param(**config["param"]),
+            )
             return cls(**{**config, **made}, device=device)
-        except (KeyError, TypeError, AttributeError) as e: raise CheckpointError(f"expected the description of a model ({e})") from None
+        except (KeyError, TypeError, AttributeError) as e:
+            raise CheckpointError(
+                f"expected the description of a model ({e})"
+            ) from None
 
-    def sample_timesteps(self, n): return self.process.sample_t(n, self.device, self.generator)  # (n,) times to train at
+    def sample_timesteps(self, n):
+        # (n,) times to train at
+        return self.process.sample_t(n, self.device, self.generator)
 
     def noise_images(self, x, t):  # (B,C,H,W), (B,) -> (x_t, eps)
         eps = randn(x.shape, self.generator, self.device, x.dtype)
@@ -152,80 +291,144 @@ def asked(
 ) -> Tensor | None:  # (B,) int64, or None for a model without labels; ValueError
     "One label per image that was asked for; num_classes stands for 'no label'."
     if num_classes == 0:
-        if labels is not None: raise ValueError("this model was trained without labels: ask for n images instead")
+        if labels is not None:
+            raise ValueError(
+                "this model was trained without labels: ask for n images instead"
+            )
         return None
-    if labels is None: labels = [num_classes] * (1 if n is None else n)
-    try: given = torch.as_tensor(labels).reshape(-1)
-    except (TypeError, ValueError): raise ValueError(f"labels are class numbers, not {labels!r}") from None
+    if labels is None:
+        labels = [num_classes] * (1 if n is None else n)
+    try:
+        given = torch.as_tensor(labels).reshape(-1)
+    except (TypeError, ValueError):
+        raise ValueError(f"labels are class numbers, not {labels!r}") from None
     labels = given.long()
-    if not torch.equal(labels, given): raise ValueError(f"labels are whole numbers, not {given.tolist()}")
+    if not torch.equal(labels, given):
+        raise ValueError(f"labels are whole numbers, not {given.tolist()}")
     if len(labels) and not ((labels >= 0) & (labels <= num_classes)).all():
-        raise ValueError(f"labels are 0..{num_classes - 1} ({', '.join(classes[:12])}), or {num_classes} for 'no label', "
-                         f"not {labels.min().item()}..{labels.max().item()}")
-    if n not in (None, len(labels)) and len(labels) != 1: raise ValueError(f"{len(labels)} labels and n={n}: give one label, or one per image")
+        raise ValueError(
+            f"labels are 0..{num_classes - 1} ({', '.join(classes[:12])}), or"
+            f" {num_classes} for 'no label', not"
+            f" {labels.min().item()}..{labels.max().item()}"
+        )
+    if n not in (None, len(labels)) and len(labels) != 1:
+        raise ValueError(
+            f"{len(labels)} labels and n={n}: give one label, or one per image"
+        )
     return labels.repeat(n) if n is not None and len(labels) == 1 else labels
 
 # %% ../nbs/98_model.ipynb #64dfeddd
 class Sampler(Model):
     "A model that draws images."
+
     @torch.no_grad()
     def sample(
         self,
         labels=None,  # one class number per image; one number with n=; None: no label
         n: int | None = None,  # how many images, where labels do not say
         use_ema: bool = True,  # the averaged weights, or those of the moment
-        cfg_scale: float = 1.0,  # guidance: 0 ignores the label, 1 follows it, more exaggerates it
+        # guidance: 0 ignores the label, 1 follows it, more exaggerates it
+        cfg_scale: float = 1.0,
         n_steps: int = 50,  # denoising steps
         step=euler,  # euler, ancestral, heun, ..., or a name of SAMPLERS
         callback=None,  # see sampling.sample; called for every chunk
-        seed: int | None = None,  # the same images again, however they are cut into chunks
-        chunk: int = 128,  # images at once: what fits into memory, and on a CPU into its caches
+        # the same images again, however they are cut into chunks
+        seed: int | None = None,
+        # images at once: what fits into memory, and on a CPU into its caches
+        chunk: int = 128,
         clip: bool = True,  # keep the estimates of the clean image in [-1, 1]
-        precision: str = "float32",  # of the network: 'bfloat16' is faster where the hardware has it, and the same seed gives slightly other images
+        # of the network: 'bfloat16' is faster where the hardware has it, and the same
+        # seed gives slightly other images
+        precision: str = "float32",
         **kw,  # settings of the step
-    ) -> Tensor:  # (B,C,H,W) floats in [-1, 1]; ValueError for labels that do not exist, and settings that make no sense
+        # (B,C,H,W) floats in [-1, 1]; ValueError for labels that do not exist, and
+        # settings that make no sense
+    ) -> Tensor:
         "Images from noise."
         y = asked(labels, n, self.num_classes, self.classes)
         n = (1 if n is None else n) if y is None else len(y)
-        if chunk < 1: raise ValueError(f"chunk is a number of images, at least 1, not {chunk}")
-        if not math.isfinite(cfg_scale): raise ValueError(f"cfg_scale is a finite number, 1 to follow the labels, not {cfg_scale}")
-        if n_steps != int(n_steps): raise ValueError(f"n_steps is a whole number of steps, not {n_steps}")
-        dtype, step = choose(precision, PRECISIONS, "precision"), check_step(copy.deepcopy(self.process).cpu(), step) if isinstance(step, str) else step
+        if chunk < 1:
+            raise ValueError(f"chunk is a number of images, at least 1, not {chunk}")
+        if not math.isfinite(cfg_scale):
+            raise ValueError(
+                f"cfg_scale is a finite number, 1 to follow the labels, not {cfg_scale}"
+            )
+        if n_steps != int(n_steps):
+            raise ValueError(f"n_steps is a whole number of steps, not {n_steps}")
+        dtype, step = choose(precision, PRECISIONS, "precision"), (
+            check_step(copy.deepcopy(self.process).cpu(), step)
+            if isinstance(step, str)
+            else step
+        )
         model, done = self.ema_model if use_ema else self.model, []
-        was_training, seed = model.training, int(torch.randint(2**31, ())) if seed is None else seed
+        was_training, seed = model.training, (
+            int(torch.randint(2**31, ())) if seed is None else seed
+        )
         model.eval()
         try:
             for at in range(0, n, chunk):
                 generator = example_generators(seed, min(chunk, n - at), at)
-                denoise = self._denoiser(model, None if y is None else y[at : at + chunk].to(self.device), cfg_scale)
-                x = self.process.init_noise((len(generator), *self.shape), self.device, generator)
-                with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-                    done.append(sample(clip_x0(denoise) if clip else denoise, self.process, x, self.process.steps(n_steps, self.device), step,
-                                       callback, generator=generator, **kw))
-        finally: model.train(was_training)
+                denoise = self._denoiser(
+                    model,
+                    None if y is None else y[at : at + chunk].to(self.device),
+                    cfg_scale,
+                )
+                x = self.process.init_noise(
+                    (len(generator), *self.shape), self.device, generator
+                )
+                with torch.autocast(
+                    self.device.type, dtype, enabled=dtype != torch.float32
+                ):
+                    done.append(
+                        sample(
+                            clip_x0(denoise) if clip else denoise,
+                            self.process,
+                            x,
+                            self.process.steps(n_steps, self.device),
+                            step,
+                            callback,
+                            generator=generator,
+                            **kw,
+                        )
+                    )
+        finally:
+            model.train(was_training)
         return torch.cat(done).clamp(-1, 1) if done else torch.empty(0, *self.shape)
 
-    def _denoiser(self, model, y, cfg_scale):  # (x, t) -> x0_hat, that knows the label and the guidance
-        if y is None: return model
-        return cfg(model, y, cfg_scale, self.null) if cfg_scale != 1 else lambda x, t: model(x, t, y)
+    # (x, t) -> x0_hat, that knows the label and the guidance
+    def _denoiser(self, model, y, cfg_scale):
+        if y is None:
+            return model
+        return (
+            cfg(model, y, cfg_scale, self.null)
+            if cfg_scale != 1
+            else lambda x, t: model(x, t, y)
+        )
 
 # %% ../nbs/98_model.ipynb #58ada092
 def read_model(
     cls,  # Model or a subclass
     run,  # run folder, or one of its checkpoints
     device=None,
-    net: nn.Module | None = None,  # needed only where the run used a network of your own
+    # needed only where the run used a network of your own
+    net: nn.Module | None = None,
 ):  # CheckpointError names the file and what was expected
     "From a run folder to a model with its weights."
     path = Path(run).resolve()
     folder = path.parents[1] if (path / "manifest.json").exists() else path
     described = read_json(folder / "config.json").get("model")
-    if path == folder: path = newest_whole(path, ("model.safetensors", "ema.safetensors"))
+    if path == folder:
+        path = newest_whole(path, ("model.safetensors", "ema.safetensors"))
     if net is None and isinstance(described, dict) and described.get("net", 0) is None:
-        raise CheckpointError(f"{run} was trained with a network of its own: pass it as net=")
-    try: self = cls.from_config(described, device, net)
-    except CheckpointError as e: raise CheckpointError(f"{folder / 'config.json'} is damaged: {e}") from None
-    load_weights(self.model, path, "model"); load_weights(self.ema_model, path, "ema")
+        raise CheckpointError(
+            f"{run} was trained with a network of its own: pass it as net="
+        )
+    try:
+        self = cls.from_config(described, device, net)
+    except CheckpointError as e:
+        raise CheckpointError(f"{folder / 'config.json'} is damaged: {e}") from None
+    load_weights(self.model, path, "model")
+    load_weights(self.ema_model, path, "ema")
     self.step = int(path.name.split("-")[1])
     return self
 
@@ -235,22 +438,46 @@ def batches_from(
     epoch: int = 0,  # decides the order of data.Batches
     start: int = 0,  # number of the first batch
 ):
-    "The batches of an epoch from number `start`: exactly the same ones for data.Batches; for other loaders the first are skipped."
+    """The batches of an epoch from number `start`: exactly the same ones for
+    data.Batches; for other loaders the first are skipped."""
     from itertools import islice
-    return dl.epoch(epoch, start) if hasattr(dl, "epoch") else islice(iter(dl), start, None)
+
+    return (
+        dl.epoch(epoch, start)
+        if hasattr(dl, "epoch")
+        else islice(iter(dl), start, None)
+    )
+
 
 def check_data(
     model: Model,
-    dls,  # .train yields (x (B,C,H,W), y (B,)), or (x, y, eps) with noise for each image; see data.get_dls
+    # .train yields (x (B,C,H,W), y (B,)), or (x, y, eps) with noise for each image; see
+    # data.get_dls
+    dls,
 ):  # dls; ValueError where images or labels do not fit the model
     "Look at the first batch."
-    if not hasattr(dls, "train"): raise ValueError(f"train on data such as get_dls('digits'), not on {dls!r:.40}")
-    (shape, K), known = (model.shape, model.num_classes), getattr(dls, "num_classes", None)
+    if not hasattr(dls, "train"):
+        raise ValueError(f"train on data such as get_dls('digits'), not on {dls!r:.40}")
+    (shape, K), known = (model.shape, model.num_classes), getattr(
+        dls, "num_classes", None
+    )
     x, y, *eps = next(iter(batches_from(dls.train)), (None, None))
-    if x is None: raise ValueError("the training data is empty")
-    if tuple(x.shape[1:]) != shape: raise ValueError(f"the images are {tuple(x.shape[1:])}, the model was made for {shape}")
-    if eps and eps[0].shape != x.shape: raise ValueError(f"noise of shape {tuple(eps[0].shape)} for images of shape {tuple(x.shape)}")
-    if K and known not in (None, K): raise ValueError(f"the model has {K} classes, the data {known}")
-    if K and (y is None or int(y.max()) >= K or int(y.min()) < 0): raise ValueError(f"the model has {K} classes, the data labels outside 0..{K - 1}")
-    if model.classes == [str(k) for k in range(K)]: model.classes = list(getattr(dls, "classes", None) or model.classes)
+    if x is None:
+        raise ValueError("the training data is empty")
+    if tuple(x.shape[1:]) != shape:
+        raise ValueError(
+            f"the images are {tuple(x.shape[1:])}, the model was made for {shape}"
+        )
+    if eps and eps[0].shape != x.shape:
+        raise ValueError(
+            f"noise of shape {tuple(eps[0].shape)} for images of shape {tuple(x.shape)}"
+        )
+    if K and known not in (None, K):
+        raise ValueError(f"the model has {K} classes, the data {known}")
+    if K and (y is None or int(y.max()) >= K or int(y.min()) < 0):
+        raise ValueError(
+            f"the model has {K} classes, the data labels outside 0..{K - 1}"
+        )
+    if model.classes == [str(k) for k in range(K)]:
+        model.classes = list(getattr(dls, "classes", None) or model.classes)
     return dls

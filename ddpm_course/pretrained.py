@@ -13,11 +13,19 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import CheckpointError, fit_weights, read_json, write_atomic, write_json
+from ddpm_course.checkpoint import (
+    CheckpointError,
+    fit_weights,
+    read_json,
+    write_atomic,
+    write_json,
+)
 from .core import cache_folder, choose, tier
 
 # %% ../nbs/97_pretrained.ipynb #558bf8e0
-def weights_folder() -> Path: return Path(str(files("ddpm_course"))) / "weights"  # what the package brings
+def weights_folder() -> Path:
+    return Path(str(files("ddpm_course"))) / "weights"  # what the package brings
+
 
 def manifest(
     folder=None,  # where manifest.json lies; None: the package's own
@@ -32,43 +40,102 @@ def write_pretrained(
     weights: dict,  # name -> tensor
     config: dict,  # JSON: what builds the model again
     folder=None,  # None: the package's own
-    **facts,  # how it was made and what was measured: command, seed, device, seconds, metrics, ...
+    # how it was made and what was measured: command, seed, device, seconds, metrics,
+    # ...
+    **facts,
 ) -> dict:  # the entry of the manifest
     "Write weights as float16 safetensors and enter them in the manifest."
     from safetensors.torch import save
+
     folder = Path(folder or weights_folder())
     folder.mkdir(parents=True, exist_ok=True)
-    data = save({k: v.detach().cpu().contiguous().to(torch.float16 if v.is_floating_point() else v.dtype) for k, v in weights.items()})
-    entry = dict(file=f"{name}.safetensors", bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), config=config, **facts)
+    data = save(
+        {
+            k: (
+                v.detach()
+                .cpu()
+                .contiguous()
+                .to(torch.float16 if v.is_floating_point() else v.dtype)
+            )
+            for k, v in weights.items()
+        }
+    )
+    entry = dict(
+        file=f"{name}.safetensors",
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        config=config,
+        **facts,
+    )
     write_atomic(folder / entry["file"], data)
-    write_json(folder / "manifest.json", dict(sorted((manifest(folder) | {name: entry}).items())))
+    write_json(
+        folder / "manifest.json",
+        dict(sorted((manifest(folder) | {name: entry}).items())),
+    )
     return entry
 
 # %% ../nbs/97_pretrained.ipynb #99b69338
 def read_pretrained(
     name: str,  # a name in the manifest
     folder=None,  # None: the package's own
-):  # (entry, weights: name -> float32 tensor); ValueError for an unknown name (it lists those of its kind: models or classifiers), CheckpointError for a missing or changed file
-    "Weights that ship with the package or are fetched by URL, checked against their SHA-256."
+    # (entry, weights: name -> float32 tensor); ValueError for an unknown name (it lists
+    # those of its kind: models or classifiers), CheckpointError for a missing or
+    # changed file
+):
+    """Weights that ship with the package or are fetched by URL, checked against their
+    SHA-256."""
     from safetensors.torch import load
+
     folder = Path(folder or weights_folder())
-    if not (shelf := manifest(folder)): raise CheckpointError(f"{folder / 'manifest.json'} is missing, so there are no weights: reinstall ddpm_course")
+    if not (shelf := manifest(folder)):
+        raise CheckpointError(
+            f"{folder / 'manifest.json'} is missing, so there are no weights: reinstall"
+            " ddpm_course"
+        )
     kind = "classifier" if str(name).startswith("classifier") else "pretrained model"
-    entry = choose(name, {k: e for k, e in shelf.items() if k.startswith("classifier-") == (kind == "classifier")}, kind)
+    entry = choose(
+        name,
+        {
+            k: e
+            for k, e in shelf.items()
+            if k.startswith("classifier-") == (kind == "classifier")
+        },
+        kind,
+    )
     path = folder / entry["file"]
-    if not path.exists() and "url" in entry: path = _fetched(entry)
-    try: data = path.read_bytes()
-    except OSError: raise CheckpointError(f"{path} is missing: the manifest lists it for {name!r}; reinstall ddpm_course, or `make weights NAME={name}` trains it anew") from None
+    if not path.exists() and "url" in entry:
+        path = _fetched(entry)
+    try:
+        data = path.read_bytes()
+    except OSError:
+        raise CheckpointError(
+            f"{path} is missing: the manifest lists it for {name!r}; reinstall"
+            f" ddpm_course, or `make weights NAME={name}` trains it anew"
+        ) from None
     if (sum_ := hashlib.sha256(data).hexdigest()) != entry["sha256"]:
-        raise CheckpointError(f"{path} is not the file in the manifest: its SHA-256 is {sum_[:12]}..., expected {entry['sha256'][:12]}...")
-    return entry, {k: v.float() if v.is_floating_point() else v for k, v in load(data).items()}
+        raise CheckpointError(
+            f"{path} is not the file in the manifest: its SHA-256 is {sum_[:12]}...,"
+            f" expected {entry['sha256'][:12]}..."
+        )
+    return entry, {
+        k: v.float() if v.is_floating_point() else v for k, v in load(data).items()
+    }
+
 
 def _fetched(entry) -> Path:  # in the cache; torch.hub writes to a temporary file first
-    path = cache_folder() / "weights" / f"{entry['sha256'][:12]}-{entry['file']}"  # a new version has a new name
-    if path.exists(): return path
+    # a new version has a new name
+    path = cache_folder() / "weights" / f"{entry['sha256'][:12]}-{entry['file']}"
+    if path.exists():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    try: torch.hub.download_url_to_file(entry["url"], str(path), hash_prefix=entry["sha256"])
-    except (OSError, RuntimeError) as e: raise CheckpointError(f"could not fetch {entry['url']} ({e}); with a network, it goes to {path}") from None
+    try:
+        torch.hub.download_url_to_file(
+            entry["url"], str(path), hash_prefix=entry["sha256"]
+        )
+    except (OSError, RuntimeError) as e:
+        raise CheckpointError(
+            f"could not fetch {entry['url']} ({e}); with a network, it goes to {path}"
+        ) from None
     return path
 
 # %% ../nbs/97_pretrained.ipynb #97a00002
@@ -78,15 +145,32 @@ def kept(
     instead: str = "",  # a model that ships and is of the same kind
     folder=None,  # where weights are kept; None: in the course's cache folder
 ):  # diff, with trained weights; ValueError if it was not trained and no weights fit
-    "Keep what was trained for another day; where training was skipped, take what was kept or ships."
+    """Keep what was trained for another day; where training was skipped, take what was
+    kept or ships."""
     shelf = Path(folder or cache_folder() / "kept" / tier())
     if diff.step:
         write_pretrained(name, diff.ema_model.state_dict(), diff.config, shelf)
         return diff
-    for place, title in ((shelf, name), (weights_folder() / "lessons", name), (weights_folder(), instead)):
+    for place, title in (
+        (shelf, name),
+        (weights_folder() / "lessons", name),
+        (weights_folder(), instead),
+    ):
         entry = manifest(place).get(title)
-        if not entry or entry["config"] != json.loads(json.dumps(diff.config)): continue
-        for model in (diff.model, diff.ema_model): fit_weights(model, read_pretrained(title, place)[1], title)
-        print(f"training was skipped: these are the weights of {title!r}" + (", from an earlier run" if place == shelf else ", which come with the package"))
+        if not entry or entry["config"] != json.loads(json.dumps(diff.config)):
+            continue
+        for model in (diff.model, diff.ema_model):
+            fit_weights(model, read_pretrained(title, place)[1], title)
+        print(
+            f"training was skipped: these are the weights of {title!r}"
+            + (
+                ", from an earlier run"
+                if place == shelf
+                else ", which come with the package"
+            )
+        )
         return diff
-    raise ValueError(f"{name!r} was not trained, and no weights for it are kept here or come with the package: run the training cell above")
+    raise ValueError(
+        f"{name!r} was not trained, and no weights for it are kept here or come with"
+        " the package: run the training cell above"
+    )

@@ -12,14 +12,22 @@ from torch import Tensor, nn
 
 from .core import bcast, choose, randn
 
+
 def check_betas(betas: Tensor) -> Tensor:  # the same betas
-    "ValueError unless every beta is a variance that a step can have: more than 0, less than 1."
-    if ((betas > 0) & (betas < 1)).all(): return betas
-    raise ValueError(f"betas are variances in (0, 1), not {betas.min().item() + 0:g} to {betas.max().item():g}")
+    """ValueError unless every beta is a variance that a step can have: more than 0,
+    less than 1."""
+    if ((betas > 0) & (betas < 1)).all():
+        return betas
+    raise ValueError(
+        f"betas are variances in (0, 1), not {betas.min().item() + 0:g} to"
+        f" {betas.max().item():g}"
+    )
+
 
 def betas_to_abar(
     betas: Tensor,  # (T,) variance of each noising step, in (0, 1)
-) -> Tensor:  # (T+1,) float64; abar[t] = product of (1 - beta) up to step t, abar[0] = 1
+    # (T+1,) float64; abar[t] = product of (1 - beta) up to step t, abar[0] = 1
+) -> Tensor:
     "Share of the data's variance that is left after t steps (DDPM, section 2)."
     betas = check_betas(betas).double()
     return torch.cat([betas.new_ones(1), (1 - betas).cumprod(0)])
@@ -31,7 +39,10 @@ def linear(
     beta_end: float = 0.02,  # and of the last
 ) -> Tensor:  # (n+1,) abar
     "Betas on a straight line (Ho et al. 2020, section 4)."
-    return betas_to_abar(torch.linspace(beta_start, beta_end, n, dtype=torch.float64, device="cpu"))
+    return betas_to_abar(
+        torch.linspace(beta_start, beta_end, n, dtype=torch.float64, device="cpu")
+    )
+
 
 def cosine(
     n: int = 1000,  # steps of the curve
@@ -42,6 +53,7 @@ def cosine(
     t = torch.linspace(0, 1, n + 1, dtype=torch.float64, device="cpu")
     f = ((t + offset) / (1 + offset) * math.pi / 2).cos() ** 2
     return betas_to_abar((1 - f[1:] / f[:-1]).clamp(max=max_beta))
+
 
 def sigmoid(
     n: int = 1000,  # steps of the curve
@@ -55,64 +67,107 @@ def sigmoid(
     s = (-(start + t * (end - start)) / tau).sigmoid()
     return ((s - s[-1]) / (s[0] - s[-1])).clamp(min=min_abar)
 
+
 SCHEDULES = dict(linear=linear, cosine=cosine, sigmoid=sigmoid)
 
 # %% ../nbs/02_forward.ipynb #eb7a7d30
 NO_FLOAT64 = ("mps",)  # kinds of devices that cannot hold float64
 
+
 class Table(nn.Module):
-    "Numbers at times 0..T, float64 wherever the device has it, whatever the model around it is cast to."
+    """Numbers at times 0..T, float64 wherever the device has it, whatever the model
+    around it is cast to."""
+
     def __init__(self, values: Tensor):  # (T+1,)
         super().__init__()
         self._exact = values.detach().to("cpu", torch.float64)
         self.register_buffer("values", self._exact, persistent=False)
 
-    def _apply(self, fn, recurse=True):  # .to(), .half(), .cuda() end here; fn moves or casts one tensor
-        device = fn(torch.zeros((), dtype=torch.float32, device=self.values.device)).device
-        self.values = self._exact.to(device, torch.float32 if device.type in NO_FLOAT64 else torch.float64)
+    # .to(), .half(), .cuda() end here; fn moves or casts one tensor
+    def _apply(self, fn, recurse=True):
+        device = fn(
+            torch.zeros((), dtype=torch.float32, device=self.values.device)
+        ).device
+        self.values = self._exact.to(
+            device, torch.float32 if device.type in NO_FLOAT64 else torch.float64
+        )
         return self
 
-    def forward(self, t) -> Tensor:  # t: times 0..T, any shape; ValueError outside (on a GPU, where looking is slow: the nearest end)
+    # t: times 0..T, any shape; ValueError outside (on a GPU, where looking is slow: the
+    # nearest end)
+    def forward(self, t) -> Tensor:
         "Entry t; between two entries the straight line that joins them."
         v, T = self.values, len(self.values) - 1
         t = torch.as_tensor(t, device=v.device, dtype=v.dtype)
-        if t.device.type == "cpu" and not ((t >= 0) & (t <= T)).all(): raise ValueError(f"times are in 0..{T}, not {t.min():g} to {t.max():g}")
-        lo = (t.ceil().long() - 1).clamp(0, T - 1)  # a whole time ends its line: the slope there is that of the step that led to it
+        if t.device.type == "cpu" and not ((t >= 0) & (t <= T)).all():
+            raise ValueError(f"times are in 0..{T}, not {t.min():g} to {t.max():g}")
+        # a whole time ends its line: the slope there is that of the step that led to it
+        lo = (t.ceil().long() - 1).clamp(0, T - 1)
         share = t - lo
-        return torch.lerp(v[lo], v[lo + 1], torch.where((share >= 0) & (share <= 1), share, share.clamp(0, 1)))  # clamp has slope 0 at its ends
+        return torch.lerp(
+            v[lo],
+            v[lo + 1],
+            torch.where((share >= 0) & (share <= 1), share, share.clamp(0, 1)),
+        )  # clamp has slope 0 at its ends
 
 # %% ../nbs/02_forward.ipynb #1e765ca2
 class Times(nn.Module):
     "Time from 0 (data) to t_max (noise); here continuous and even."
+
     t_max = 1.0
 
-    def clock(self, t: Tensor) -> Tensor: return 1000 * t / self.t_max  # what the timestep embedding sees, in 0..1000
+    def clock(self, t: Tensor) -> Tensor:
+        return 1000 * t / self.t_max  # what the timestep embedding sees, in 0..1000
 
     def sample_t(self, n: int, device=None, generator=None) -> Tensor:
         "n random training times in (0, t_max]."
         at = device if generator is None else generator.device
-        return self.t_max * (1 - torch.rand(n, generator=generator, device=at)).to(device)
+        return self.t_max * (1 - torch.rand(n, generator=generator, device=at)).to(
+            device
+        )
 
     def steps(self, n: int, device=None) -> Tensor:
-        "The n + 1 times that sampling visits, from t_max down to 0; ValueError if n < 1."
-        if n < 1: raise ValueError(f"sampling needs at least 1 step, not {n}")
+        """The n + 1 times that sampling visits, from t_max down to 0; ValueError if n <
+        1."""
+        if n < 1:
+            raise ValueError(f"sampling needs at least 1 step, not {n}")
         return torch.linspace(self.t_max, 0, n + 1, device=device)
 
 # %% ../nbs/02_forward.ipynb #055af07c
 class Process(Times):
-    "A path from data (t = 0) to noise (t = t_max): x_t = alpha(t) * x0 + sigma(t) * eps."
-    def alpha(self, t: Tensor) -> Tensor: raise NotImplementedError  # share of the data at t, float64 where the device has it
-    def sigma(self, t: Tensor) -> Tensor: raise NotImplementedError  # share of the noise
-    def snr(self, t: Tensor) -> Tensor: return (self.alpha(t) / self.sigma(t)) ** 2  # signal-to-noise ratio, infinite at 0
+    """A path from data (t = 0) to noise (t = t_max): x_t = alpha(t) * x0 + sigma(t) *
+    eps."""
 
-    def coeffs(self, t: Tensor, x: Tensor) -> tuple:  # t (B,) or one time, x (B,...) -> alpha and sigma, each (B,1,...)
+    def alpha(self, t: Tensor) -> Tensor:
+        # share of the data at t, float64 where the device has it
+        raise NotImplementedError
+
+    def sigma(self, t: Tensor) -> Tensor:
+        raise NotImplementedError  # share of the noise
+
+    def snr(self, t: Tensor) -> Tensor:
+        # signal-to-noise ratio, infinite at 0
+        return (self.alpha(t) / self.sigma(t)) ** 2
+
+    # t (B,) or one time, x (B,...) -> alpha and sigma, each (B,1,...)
+    def coeffs(self, t: Tensor, x: Tensor) -> tuple:
         "Both shares in the type and on the device of x; ValueError if x is not float."
-        if not x.is_floating_point(): raise ValueError(f"noise mixes with floats in [-1, 1], not {x.dtype}: use to_float")
-        return tuple(bcast(c, x).to(x.device, x.dtype) for c in (self.alpha(t), self.sigma(t)))
+        if not x.is_floating_point():
+            raise ValueError(
+                f"noise mixes with floats in [-1, 1], not {x.dtype}: use to_float"
+            )
+        return tuple(
+            bcast(c, x).to(x.device, x.dtype) for c in (self.alpha(t), self.sigma(t))
+        )
 
-    def add_noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:  # x0 and eps (B,...), t (B,) -> x_t (B,...)
-        "All the steps from 0 to t in one jump; ValueError if x0 and eps differ in shape."
-        if x0.shape != eps.shape: raise ValueError(f"noise of shape {tuple(eps.shape)} for data of shape {tuple(x0.shape)}")
+    # x0 and eps (B,...), t (B,) -> x_t (B,...)
+    def add_noise(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """All the steps from 0 to t in one jump; ValueError if x0 and eps differ in
+        shape."""
+        if x0.shape != eps.shape:
+            raise ValueError(
+                f"noise of shape {tuple(eps.shape)} for data of shape {tuple(x0.shape)}"
+            )
         alpha, sigma = self.coeffs(t, x0)
         return alpha * x0 + sigma * eps
 
@@ -123,34 +178,61 @@ class Process(Times):
 
 # %% ../nbs/02_forward.ipynb #0cd0ea27
 class DDPM(Process):
-    "Variance-preserving diffusion in T steps (Ho et al. 2020): alpha^2 + sigma^2 = 1, integer t in 1..T (a float t interpolates log abar)."
+    """Variance-preserving diffusion in T steps (Ho et al. 2020): alpha^2 + sigma^2 = 1,
+    integer t in 1..T (a float t interpolates log abar)."""
+
     def __init__(
         self,
-        T: int = 1000,  # number of steps; another T resamples the same curve, so every T ends in the same noise
+        # number of steps; another T resamples the same curve, so every T ends in the
+        # same noise
+        T: int = 1000,
         schedule: str = "linear",  # 'linear' | 'cosine' | 'sigmoid'
         **kw,  # settings of the schedule, such as beta_end=0.02
     ):  # ValueError: unknown schedule, T < 1, betas outside (0, 1)
         super().__init__()
-        if T < 1 or T % 1: raise ValueError(f"T is a whole number of steps, at least 1, not {T}")
-        self.t_max, self.config = int(T), dict(name="ddpm", T=int(T), schedule=schedule, **kw)
+        if T < 1 or T % 1:
+            raise ValueError(f"T is a whole number of steps, at least 1, not {T}")
+        self.t_max, self.config = int(T), dict(
+            name="ddpm", T=int(T), schedule=schedule, **kw
+        )
         curve = Table(choose(schedule, SCHEDULES, "schedule")(**kw).log())
-        self.table = Table(curve(torch.arange(T + 1, dtype=torch.float64, device="cpu") * (len(curve.values) - 1) / T))
+        self.table = Table(
+            curve(
+                torch.arange(T + 1, dtype=torch.float64, device="cpu")
+                * (len(curve.values) - 1)
+                / T
+            )
+        )
         check_betas(self.betas)
 
     @property
-    def log_abar(self) -> Tensor: return self.table.values  # (T+1,)
-    @property
-    def abar(self) -> Tensor: return self.log_abar.exp()  # (T+1,) abar[0] = 1
-    @property
-    def betas(self) -> Tensor: return -self.log_abar.diff().expm1()  # (T,) variance of every single step; betas[0] is step 1
+    def log_abar(self) -> Tensor:
+        return self.table.values  # (T+1,)
 
-    def alpha(self, t): return (0.5 * self.table(t)).exp()
-    def sigma(self, t): return self.table(t).expm1().abs().sqrt()  # 1 - abar without cancellation
+    @property
+    def abar(self) -> Tensor:
+        return self.log_abar.exp()  # (T+1,) abar[0] = 1
+
+    @property
+    def betas(self) -> Tensor:
+        # (T,) variance of every single step; betas[0] is step 1
+        return -self.log_abar.diff().expm1()
+
+    def alpha(self, t):
+        return (0.5 * self.table(t)).exp()
+
+    def sigma(self, t):
+        return self.table(t).expm1().abs().sqrt()  # 1 - abar without cancellation
 
     def sample_t(self, n, device=None, generator=None):
         at = device if generator is None else generator.device
-        return torch.randint(1, self.t_max + 1, (n,), generator=generator, device=at).to(device)
+        return torch.randint(
+            1, self.t_max + 1, (n,), generator=generator, device=at
+        ).to(device)
 
     def steps(self, n, device=None):  # whole steps, nearest to an even grid
-        if not 1 <= n <= self.t_max: raise ValueError(f"sampling with T = {self.t_max} takes 1 to {self.t_max} steps, not {n}")
+        if not 1 <= n <= self.t_max:
+            raise ValueError(
+                f"sampling with T = {self.t_max} takes 1 to {self.t_max} steps, not {n}"
+            )
         return (torch.arange(n, -1, -1, device=device) * self.t_max + n // 2) // n

@@ -9,43 +9,81 @@ __all__ = ['MEANING', 'share_error', 'report', 'real_draw', 'real_report', 'repo
 import torch
 from torch import Tensor
 
-from .evaluation import (RandomFeatures, density_coverage, feature_sets, frechet_distance, kernel_distance, label_accuracy, memorisation, precision_recall,
-                                    test_accuracy)
+from ddpm_course.evaluation import (
+    RandomFeatures,
+    density_coverage,
+    feature_sets,
+    frechet_distance,
+    kernel_distance,
+    label_accuracy,
+    memorisation,
+    precision_recall,
+    test_accuracy,
+)
 
 # %% ../nbs/87_report.ipynb #4fdb86f9
 def share_error(
     p: float,  # a share
     n: int,  # of how many
 ) -> float:
-    "Half of Wilson's interval at one standard error (Wilson 1927; Brown et al. 2001): near sqrt(p (1 - p) / n), and not 0 where p is 0 or 1."
+    """Half of Wilson's interval at one standard error (Wilson 1927; Brown et al. 2001):
+    near sqrt(p (1 - p) / n), and not 0 where p is 0 or 1."""
     return (n * p * (1 - p) + 1 / 4) ** 0.5 / (n + 1)
+
 
 def report(
     images: Tensor,  # (N,C,H,W) generated, uint8 or floats in [-1, 1]
     labels,  # (N,) the classes that were asked for, or None
-    reference: Tensor,  # (M,C,H,W) real images, best a test split; or their features; at least 6 of each
+    # (M,C,H,W) real images, best a test split; or their features; at least 6 of each
+    reference: Tensor,
     classifier=None,  # a judge for label accuracy, and for its features
     features=None,  # see `extract`; None: the classifier's, else RandomFeatures
     train=None,  # training images, and
     heldout=None,  # others from the same source, to look for copies
-    seed: int = 0,  # of the choice of as many real images as generated ones, for precision and the like
-) -> dict:  # the numbers of MEANING, their standard errors as NAME_error (of kid from 20 images of each on), n and n_reference
-    "All numbers together; for a floor, call it again with real images in the place of the generated ones."
+    # of the choice of as many real images as generated ones, for precision and the like
+    seed: int = 0,
+    # the numbers of MEANING, their standard errors as NAME_error (of kid from 20 images
+    # of each on), n and n_reference
+) -> dict:
+    """All numbers together; for a floor, call it again with real images in the place of
+    the generated ones."""
     if min(len(images), len(reference)) < 6:
-        raise ValueError(f"a report takes 6 images and 6 real ones or more (coverage looks at the fifth neighbour), not {len(images)} and {len(reference)}")
-    features = features or (classifier.features if classifier is not None else RandomFeatures(images.shape[1:]))
-    (a, b), out = feature_sets(images, reference, features), dict(n=len(images), n_reference=len(reference))
+        raise ValueError(
+            "a report takes 6 images and 6 real ones or more (coverage looks at the"
+            f" fifth neighbour), not {len(images)} and {len(reference)}"
+        )
+    features = features or (
+        classifier.features
+        if classifier is not None
+        else RandomFeatures(images.shape[1:])
+    )
+    (a, b), out = feature_sets(images, reference, features), dict(
+        n=len(images), n_reference=len(reference)
+    )
     if classifier is not None and labels is not None:
         p = label_accuracy(classifier, images, labels)
         out |= dict(label_accuracy=p, label_accuracy_error=share_error(p, len(images)))
     n, g = min(len(a), len(b)), torch.Generator().manual_seed(seed)
-    d, error = kernel_distance(a, b, subsets=10 if n >= 20 else 1, seed=seed)  # a part takes two images, and fewer than ten parts give no honest error
-    out |= dict(fid=frechet_distance(a, b), kid=d) | (dict(kid_error=error) if n >= 20 else {})
+    # a part takes two images, and fewer than ten parts give no honest error
+    d, error = kernel_distance(a, b, subsets=10 if n >= 20 else 1, seed=seed)
+    out |= dict(fid=frechet_distance(a, b), kid=d) | (
+        dict(kid_error=error) if n >= 20 else {}
+    )
     a, b = (f[torch.randperm(len(f), generator=g)[:n]] for f in (a, b))
     out |= precision_recall(a, b) | density_coverage(a, b)
     if train is not None and heldout is not None:
         m = memorisation(images, train, heldout)
-        out |= {k: m[k] for k in ("closer", "expected", "copies", "copies_heldout", "copies_z", "identical")} | dict(closer_error=m["error"], closer_z=m["z"])
+        out |= {
+            k: m[k]
+            for k in (
+                "closer",
+                "expected",
+                "copies",
+                "copies_heldout",
+                "copies_z",
+                "identical",
+            )
+        } | dict(closer_error=m["error"], closer_z=m["z"])
     return out
 
 # %% ../nbs/87_report.ipynb #81b313c0
@@ -54,27 +92,41 @@ def real_draw(
     n: int,  # how many; fewer, where there are fewer
     seed: int = 0,
 ):  # the split, the indices (n,) of the drawn, the indices of the rest
-    "Real images, drawn at random: from the validation split, as a classifier has seen the training images; from these only where valid has less than 50."
+    """Real images, drawn at random: from the validation split, as a classifier has seen
+    the training images; from these only where valid has less than 50."""
     split = dls.valid if len(dls.valid.labels) >= min(n, 50) else dls.train
-    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(seed)).to(split.labels.device)
+    order = torch.randperm(
+        len(split.labels), generator=torch.Generator().manual_seed(seed)
+    ).to(split.labels.device)
     return split, order[:n], order[n:]
+
 
 def real_report(
     dls,  # data.DataLoaders
-    n: int,  # how many real images stand in the place of generated ones; fewer, where there are fewer
+    # how many real images stand in the place of generated ones; fewer, where there are
+    # fewer
+    n: int,
     classifier=None,
     features=None,
     seed: int = 0,
-) -> dict:  # as `report`; label accuracy over the whole test split, of label_accuracy_n images
+    # as `report`; label accuracy over the whole test split, of label_accuracy_n images
+) -> dict:
     "What real images get, those of `real_draw`."
     split, drawn, others = real_draw(dls, n, seed)
     fresh, rest = split.images[drawn], split.images[others]
-    train, heldout = (rest, dls.valid.images) if split is dls.train else (dls.train.images, rest if len(rest) >= n else dls.test.images)
+    train, heldout = (
+        (rest, dls.valid.images)
+        if split is dls.train
+        else (dls.train.images, rest if len(rest) >= n else dls.test.images)
+    )
     sets = dict(train=train, heldout=heldout) if len(train) and len(heldout) else {}
     out = report(fresh, None, dls.test.images, classifier, features, seed=seed, **sets)
-    if classifier is None: return out
+    if classifier is None:
+        return out
     p, m = test_accuracy(classifier, dls), len(dls.test.labels)
-    return out | dict(label_accuracy=p, label_accuracy_error=share_error(p, m), label_accuracy_n=m)
+    return out | dict(
+        label_accuracy=p, label_accuracy_error=share_error(p, m), label_accuracy_n=m
+    )
 
 # %% ../nbs/87_report.ipynb #05edd9fb
 MEANING = dict(
@@ -94,17 +146,34 @@ MEANING = dict(
     identical="a training image itself, pixel for pixel",
 )
 
+
 def report_table(
     rows: dict,  # name of a column -> what `report` gave
 ) -> str:
     "The numbers side by side, each with its meaning."
+
     def cell(r, k):
-        if k not in r: return "-"
+        if k not in r:
+            return "-"
         error, n = r.get(k + "_error", 0), r.get(k + "_n", r.get("n"))
-        return f"{r[k]:.3g}" + f" +- {error:.1g}" * (error > 0) + f" (of {n})" * (n != r.get("n"))
+        return (
+            f"{r[k]:.3g}"
+            + f" +- {error:.1g}" * (error > 0)
+            + f" (of {n})" * (n != r.get("n"))
+        )
+
     names = [k for k in MEANING if any(k in r for r in rows.values())]
-    counts = dict(n=("images", "how many"), n_reference=("reference", "how many real images they are compared with"))
-    lines = [["", *rows, ""]] + [[name, *(str(r.get(k, "-")) for r in rows.values()), text] for k, (name, text) in counts.items()]
+    counts = dict(
+        n=("images", "how many"),
+        n_reference=("reference", "how many real images they are compared with"),
+    )
+    lines = [["", *rows, ""]] + [
+        [name, *(str(r.get(k, "-")) for r in rows.values()), text]
+        for k, (name, text) in counts.items()
+    ]
     lines += [[k, *(cell(r, k) for r in rows.values()), MEANING[k]] for k in names]
     widths = [max(len(l[i]) for l in lines) for i in range(len(rows) + 1)]
-    return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(l, widths)), l[-1]]).rstrip() for l in lines)
+    return "\n".join(
+        "  ".join([*(c.ljust(w) for c, w in zip(l, widths)), l[-1]]).rstrip()
+        for l in lines
+    )

@@ -12,6 +12,7 @@ from .denoiser import PARAMS
 from .process import Process
 from .sde import time_of
 
+
 def arrow(
     process: Process,
     t,  # times, any shape
@@ -20,27 +21,45 @@ def arrow(
     t = torch.as_tensor(t).cpu().double().reshape(-1)
     return process.alpha(t).cpu().double(), process.sigma(t).cpu().double()
 
+
 def same_level(
     ts,  # times of `process`, any shape
     process: Process,
     other: Process,
-) -> Tensor:  # times of `other`, float64 (on mps float32), of the shape and on the device of ts; levels beyond its strongest give t_max
-    "The times at which another process has the same noise levels sigma / alpha; data stays data: 0 becomes 0."
+    # times of `other`, float64 (on mps float32), of the shape and on the device of ts;
+    # levels beyond its strongest give t_max
+) -> Tensor:
+    """The times at which another process has the same noise levels sigma / alpha; data
+    stays data: 0 becomes 0."""
     ts, (alpha, sigma) = torch.as_tensor(ts), arrow(process, ts)
     times = torch.where(sigma > 0, time_of(other, sigma / alpha), 0).reshape(ts.shape)
-    return times.to(ts.device, torch.float32 if ts.device.type == "mps" else torch.float64)
+    return times.to(
+        ts.device, torch.float32 if ts.device.type == "mps" else torch.float64
+    )
 
 # %% ../nbs/16_rosetta.ipynb #49287181
 TIMES = dict(  # who: (our time -> theirs, theirs -> ours)
-    diffusers=(lambda t: t - 1, lambda t: t + 1),  # beside DDPM(1000): their entry 0 is the first noisy level
-    diffusers_flow=(lambda t: 1000 * t, lambda t: t / 1000),  # FlowMatchEulerDiscreteScheduler, beside Flow()
-    flow_matching=(lambda t: 1 - t, lambda t: 1 - t),  # library and papers, beside Flow(): noise at 0, data at 1
-    score_sde=(lambda t: 999 * t, lambda t: t / 999),  # what the network of a continuous VP model is told, beside VP()
-    edm=(lambda t: t.log() / 4, lambda t: (4 * t).exp()),  # c_noise, what EDM's network is told, beside EDM()
+    # beside DDPM(1000): their entry 0 is the first noisy level
+    diffusers=(lambda t: t - 1, lambda t: t + 1),
+    # FlowMatchEulerDiscreteScheduler, beside Flow()
+    diffusers_flow=(lambda t: 1000 * t, lambda t: t / 1000),
+    # library and papers, beside Flow(): noise at 0, data at 1
+    flow_matching=(lambda t: 1 - t, lambda t: 1 - t),
+    # what the network of a continuous VP model is told, beside VP()
+    score_sde=(lambda t: 999 * t, lambda t: t / 999),
+    # c_noise, what EDM's network is told, beside EDM()
+    edm=(lambda t: t.log() / 4, lambda t: (4 * t).exp()),
 )
 
-def theirs(name: str, t) -> Tensor: return choose(name, TIMES, "dialect")[0](torch.as_tensor(t))  # our time in another's words
-def ours(name: str, t) -> Tensor: return choose(name, TIMES, "dialect")[1](torch.as_tensor(t))  # another's time in our words
+
+def theirs(name: str, t) -> Tensor:
+    # our time in another's words
+    return choose(name, TIMES, "dialect")[0](torch.as_tensor(t))
+
+
+def ours(name: str, t) -> Tensor:
+    # another's time in our words
+    return choose(name, TIMES, "dialect")[1](torch.as_tensor(t))
 
 # %% ../nbs/16_rosetta.ipynb #83ffa575
 SHARES = dict(  # what a prediction is made of: its shares of x0 and of eps
@@ -52,30 +71,48 @@ SHARES = dict(  # what a prediction is made of: its shares of x0 and of eps
 )
 
 # %% ../nbs/16_rosetta.ipynb #8c9adbee
-def skip_out(param, alpha, sigma):  # a name in PARAMS, or a function of the same kind -> c_skip, c_out
+# a name in PARAMS, or a function of the same kind -> c_skip, c_out
+def skip_out(param, alpha, sigma):
     "The row of a prediction; ValueError if the name does not mean here what it says."
-    skip, out = (choose(param, PARAMS, "prediction") if isinstance(param, str) else param)(alpha, sigma)[:2]
-    if not isinstance(param, str): return skip, out
+    skip, out = (
+        choose(param, PARAMS, "prediction") if isinstance(param, str) else param
+    )(alpha, sigma)[:2]
+    if not isinstance(param, str):
+        return skip, out
     a, b = SHARES[param](alpha, sigma)
-    wrong = ((skip * alpha + out * a - 1).abs() > 1e-6) | ((skip * sigma + out * b).abs() > 1e-6)
+    wrong = ((skip * alpha + out * a - 1).abs() > 1e-6) | (
+        (skip * sigma + out * b).abs() > 1e-6
+    )
     if (wrong & skip.isfinite()).any():
-        raise ValueError(f"{param!r} needs {dict(v='alpha^2 + sigma^2', velocity='alpha + sigma').get(param)} = 1, but here alpha is "
-                         f"{alpha[wrong][0]:.3g} and sigma {sigma[wrong][0]:.3g}: go to a process where it holds (same_level), or name what the network says otherwise")
+        raise ValueError(
+            f"{param!r} needs"
+            f" {dict(v='alpha^2 + sigma^2', velocity='alpha + sigma').get(param)} = 1,"
+            f" but here alpha is {alpha[wrong][0]:.3g} and sigma {sigma[wrong][0]:.3g}:"
+            " go to a process where it holds (same_level), or name what the network"
+            " says otherwise"
+        )
     return skip, out
+
 
 def convert(
     value: Tensor,  # (B, ...) what a network says, or should say
     x_t: Tensor,  # (B, ...) the noisy images that it says it about
     process: Process,
     t,  # (B,) their times, or one for all; sigma(t) > 0
-    frm,  # what `value` is: 'eps', 'x0', 'v', 'score' (sigma times the score), 'velocity', or (alpha, sigma) -> c_skip, c_out, c_in
+    # what `value` is: 'eps', 'x0', 'v', 'score' (sigma times the score), 'velocity', or
+    # (alpha, sigma) -> c_skip, c_out, c_in
+    frm,
     to,  # what it shall become
 ) -> Tensor:  # (B, ...); ValueError where one does not determine the other
     "The same estimate in other words, by way of x0_hat = c_skip * x_t + c_out * F."
     alpha, sigma = arrow(process, t)
     (skip, out), (skip_2, out_2) = (skip_out(p, alpha, sigma) for p in (frm, to))
     a, b = (skip - skip_2) / out_2, out / out_2
-    if not (a.isfinite() & b.isfinite()).all(): raise ValueError(f"{frm!r} does not determine {to!r} where alpha or sigma is 0: alpha from {alpha.min():.3g}, sigma from {sigma.min():.3g}")
+    if not (a.isfinite() & b.isfinite()).all():
+        raise ValueError(
+            f"{frm!r} does not determine {to!r} where alpha or sigma is 0: alpha from"
+            f" {alpha.min():.3g}, sigma from {sigma.min():.3g}"
+        )
     a, b = (bcast(c, x_t).to(x_t.device, x_t.dtype) for c in (a, b))
     return a * x_t + b * value
 
@@ -85,27 +122,41 @@ def translate(
     trained: Process,
     process: Process,  # the one to denoise on instead
 ):  # (x, t, ...) -> x0_hat, made for `process`; further arguments are passed on
-    "Let a denoiser of one process work on another: the time with the same noise level, the image at the same length (Karras et al. 2022, appendix C)."
-    def length(p, t): return torch.stack(arrow(p, t)).norm(dim=0)
+    """Let a denoiser of one process work on another: the time with the same noise
+    level, the image at the same length (Karras et al. 2022, appendix C)."""
+
+    def length(p, t):
+        return torch.stack(arrow(p, t)).norm(dim=0)
+
     def translated(x, t, *args, **kw):
         t = torch.as_tensor(t, device=x.device).expand(len(x))
         tau = same_level(t, process, trained)
         scale = length(trained, tau) / length(process, t)
         return denoise(bcast(scale, x).to(x.device, x.dtype) * x, tau, *args, **kw)
+
     return translated
 
 # %% ../nbs/16_rosetta.ipynb #dcc28335
 def loss_weight(
     process: Process,
-    param,  # what the network predicts: a name in PARAMS, or (alpha, sigma) -> c_skip, c_out, c_in
+    # what the network predicts: a name in PARAMS, or (alpha, sigma) -> c_skip, c_out,
+    # c_in
+    param,
     lam: Tensor,  # (K,) log-SNR: 2 log(alpha / sigma); much noise is negative
     n: int = 1_000_000,  # training times to draw
     width: float = 0.5,  # of the window in which they are counted
     seed: int = 0,
 ) -> Tensor:  # (K,) float64; 0 where training never looks
-    "How much an error of x0_hat counts at each noise level in the plain loss: p(lambda) / c_out^2 (after Kingma and Gao 2023)."
+    """How much an error of x0_hat counts at each noise level in the plain loss:
+    p(lambda) / c_out^2 (after Kingma and Gao 2023)."""
     t = process.sample_t(n, generator=torch.Generator().manual_seed(seed)).double()
     seen, lam = process.snr(t).cpu().log().sort().values, lam.cpu().double()
-    count = torch.searchsorted(seen, lam + width / 2) - torch.searchsorted(seen, lam - width / 2)
+    count = torch.searchsorted(seen, lam + width / 2) - torch.searchsorted(
+        seen, lam - width / 2
+    )
     param = choose(param, PARAMS, "prediction") if isinstance(param, str) else param
-    return count / (n * width) / param(*arrow(process, time_of(process, (-lam / 2).exp())))[1] ** 2
+    return (
+        count
+        / (n * width)
+        / param(*arrow(process, time_of(process, (-lam / 2).exp())))[1] ** 2
+    )

@@ -10,6 +10,7 @@ from torch import Tensor
 from .core import bcast, choose, randn
 from .process import Process
 
+
 def _split(denoise, process, x, t):  # x0_hat, eps_hat, both of x's shape; sigma(t) > 0
     "What `denoise` takes x to be made of: x = alpha(t) * x0_hat + sigma(t) * eps_hat."
     alpha, sigma = process.coeffs(t, x)
@@ -21,8 +22,11 @@ def step_variances(
     process: Process,
     t: Tensor,  # (B,) times
     s: Tensor,  # (B,) smaller times
-):  # beta (B,): variance of the forward step x_t | x_s; beta_tilde (B,): variance of the way back, x_s | x_t, x0
-    "The two variances of DDPM (Ho et al. 2020, eq. 7) between any two times of any process."
+    # beta (B,): variance of the forward step x_t | x_s; beta_tilde (B,): variance of
+    # the way back, x_s | x_t, x0
+):
+    """The two variances of DDPM (Ho et al. 2020, eq. 7) between any two times of any
+    process."""
     (a_t, s_t), (a_s, s_s) = ((process.alpha(u), process.sigma(u)) for u in (t, s))
     beta = (s_t**2 - (a_t / a_s * s_s) ** 2).clamp(min=0)
     return beta, beta * (s_s / s_t) ** 2
@@ -34,17 +38,29 @@ def euler(
     x: Tensor,  # (B, ...) noisy images at time t
     t: Tensor,  # (B,) now; sigma(t) > 0
     s: Tensor,  # (B,) next, smaller
-    eta: float = 0.0,  # 0: deterministic (DDIM, eq. 12 of Song et al. 2021); 1: DDPM's posterior variance; in between, a share
+    # 0: deterministic (DDIM, eq. 12 of Song et al. 2021); 1: DDPM's posterior variance;
+    # in between, a share
+    eta: float = 0.0,
     generator=None,  # for eta > 0: a torch.Generator, or one per example
 ):  # x_s, x0_hat, both of x's shape; ValueError if eta is not in [0, 1]
-    "One step: estimate x0, read off eps, mix them for time s; a share of the noise is replaced by fresh noise."
-    if not 0 <= eta <= 1: raise ValueError(f"eta is the share of fresh noise, from 0 (DDIM) to 1 (DDPM), not {eta}")
+    """One step: estimate x0, read off eps, mix them for time s; a share of the noise is
+    replaced by fresh noise."""
+    if not 0 <= eta <= 1:
+        raise ValueError(
+            f"eta is the share of fresh noise, from 0 (DDIM) to 1 (DDPM), not {eta}"
+        )
     x0_hat, eps_hat = _split(denoise, process, x, t)
     alpha, sigma = process.coeffs(s, x)
-    if eta == 0: return alpha * x0_hat + sigma * eps_hat, x0_hat
+    if eta == 0:
+        return alpha * x0_hat + sigma * eps_hat, x0_hat
     fresh = eta * bcast(step_variances(process, t, s)[1], x).sqrt().to(x)
     kept = (sigma**2 - fresh**2).clamp(min=0).sqrt()
-    return alpha * x0_hat + kept * eps_hat + fresh * randn(x.shape, generator, x.device, x.dtype), x0_hat
+    return (
+        alpha * x0_hat
+        + kept * eps_hat
+        + fresh * randn(x.shape, generator, x.device, x.dtype),
+        x0_hat,
+    )
 
 # %% ../nbs/04_sampling.ipynb #eef13cd7
 def ancestral(
@@ -53,7 +69,9 @@ def ancestral(
     x: Tensor,  # (B, ...) noisy images at time t
     t: Tensor,  # (B,) now; sigma(t) > 0
     s: Tensor,  # (B,) next, smaller
-    variance: str = "posterior",  # 'posterior': the variance of q(x_s | x_t, x0); 'beta': that of the forward step from s to t
+    # 'posterior': the variance of q(x_s | x_t, x0); 'beta': that of the forward step
+    # from s to t
+    variance: str = "posterior",
     generator=None,  # a torch.Generator, or one per example
 ):  # x_s, x0_hat, both of x's shape; ValueError for another variance
     "DDPM's own step (Ho et al. 2020, algorithm 2) with either of its two variances."
@@ -63,27 +81,46 @@ def ancestral(
     fresh = choose(variance, dict(posterior=posterior, beta=beta), "variance").sqrt()
     x0_hat, eps_hat = _split(denoise, process, x, t)
     kept = (sigma**2 - posterior).clamp(min=0).sqrt()
-    return alpha * x0_hat + kept * eps_hat + fresh * randn(x.shape, generator, x.device, x.dtype), x0_hat
+    return (
+        alpha * x0_hat
+        + kept * eps_hat
+        + fresh * randn(x.shape, generator, x.device, x.dtype),
+        x0_hat,
+    )
 
 # %% ../nbs/04_sampling.ipynb #e966be07
 @torch.no_grad()
 def sample(
-    denoise,  # (x, t) -> x0_hat; guidance, clipping and the like are wrappers of the same signature
+    # (x, t) -> x0_hat; guidance, clipping and the like are wrappers of the same
+    # signature
+    denoise,
     process: Process,
     x: Tensor,  # (B, ...) where to start, usually process.init_noise(shape)
-    ts: Tensor,  # (n+1,) falling times, usually process.steps(n); sigma may be 0 at the last one only
+    # (n+1,) falling times, usually process.steps(n); sigma may be 0 at the last one
+    # only
+    ts: Tensor,
     step=euler,  # one step: euler, ancestral, heun, ...
-    callback=None,  # called as callback(i=, t=, s=, x=, x0=): x before the step, x0 its estimate of the clean images
+    # called as callback(i=, t=, s=, x=, x0=): x before the step, x0 its estimate of the
+    # clean images
+    callback=None,
     **kw,  # settings of the step
 ) -> Tensor:  # (B, ...) x at the last time; ValueError for a grid that cannot be walked
     "Walk from noise to data along the time grid."
-    if ts.ndim != 1 or len(ts) < 2: raise ValueError(f"a time grid has at least 2 times, like process.steps(50), not shape {tuple(ts.shape)}")
+    if ts.ndim != 1 or len(ts) < 2:
+        raise ValueError(
+            "a time grid has at least 2 times, like process.steps(50), not shape"
+            f" {tuple(ts.shape)}"
+        )
     if not (process.sigma(ts[:-1]) > 0).all():
-        raise ValueError(f"times fall from noise to data, and only the last may be 0: this grid runs from {ts[0]:g} to {ts[-1]:g}")
+        raise ValueError(
+            "times fall from noise to data, and only the last may be 0: this grid runs"
+            f" from {ts[0]:g} to {ts[-1]:g}"
+        )
     for i, (t, s) in enumerate(zip(ts[:-1], ts[1:])):
         t, s, before = t.expand(len(x)), s.expand(len(x)), x
         x, x0_hat = step(denoise, process, before, t, s, **kw)
-        if callback: callback(i=i, t=t, s=s, x=before, x0=x0_hat)
+        if callback:
+            callback(i=i, t=t, s=s, x=before, x0=x0_hat)
     return x
 
 # %% ../nbs/04_sampling.ipynb #553f003f
@@ -95,14 +132,21 @@ def heun(
     s: Tensor,  # (B,) next, smaller
     generator=None,  # not used: nothing is random
 ):  # x_s, x0_hat, both of x's shape
-    "Trapezoid rule on dx = x0_hat d(alpha) + eps_hat d(sigma) (Karras et al. 2022, algorithm 1); two evaluations, one where sigma is 0."
+    """Trapezoid rule on dx = x0_hat d(alpha) + eps_hat d(sigma) (Karras et al. 2022,
+    algorithm 1); two evaluations, one where sigma is 0."""
     (a_t, s_t), (a_s, s_s) = process.coeffs(t, x), process.coeffs(s, x)
     x0_hat, eps_hat = _split(denoise, process, x, t)
     x_s = a_s * x0_hat + s_s * eps_hat
-    if not s_s.any(): return x_s, x0_hat  # eps_hat is not defined at sigma = 0
+    if not s_s.any():
+        return x_s, x0_hat  # eps_hat is not defined at sigma = 0
     x0_next, eps_next = _split(denoise, process, x_s, s)
-    x_heun = x + (a_s - a_t) * (x0_hat + x0_next) / 2 + (s_s - s_t) * (eps_hat + eps_next) / 2
+    x_heun = (
+        x
+        + (a_s - a_t) * (x0_hat + x0_next) / 2
+        + (s_s - s_t) * (eps_hat + eps_next) / 2
+    )
     return torch.where(s_s > 0, x_heun, x_s), x0_hat
+
 
 STEPS = dict(euler=euler, ancestral=ancestral, heun=heun)
 

@@ -13,71 +13,139 @@ from .core import bcast, randn
 from .process import DDPM, Process, Table
 from .unet import timestep_embedding
 
+
 class _Heaps:
     "Points that lie in round heaps."
+
     def __init__(
         self,
         means: Tensor,  # (K, ...) centres; their dtype is the one computed in
         std=0.0,  # standard deviation of each, a number or (K,)
         weights=None,  # (K,) shares, made to sum to 1; None: all equal
-    ):  # ValueError for means that are not floats, negative numbers, lengths that do not fit
-        if not means.is_floating_point(): raise ValueError(f"means are floats, not {means.dtype}")
-        weights, std = torch.ones(len(means)) if weights is None else torch.as_tensor(weights), torch.as_tensor(std, dtype=means.dtype)
-        if weights.shape != means.shape[:1] or not (weights >= 0).all() or not weights.sum() > 0:
-            raise ValueError(f"weights are {len(means)} shares, one per mean, none below 0, not {weights.tolist()}")
+        # ValueError for means that are not floats, negative numbers, lengths that do
+        # not fit
+    ):
+        if not means.is_floating_point():
+            raise ValueError(f"means are floats, not {means.dtype}")
+        weights, std = (
+            torch.ones(len(means)) if weights is None else torch.as_tensor(weights)
+        ), torch.as_tensor(std, dtype=means.dtype)
+        if (
+            weights.shape != means.shape[:1]
+            or not (weights >= 0).all()
+            or not weights.sum() > 0
+        ):
+            raise ValueError(
+                f"weights are {len(means)} shares, one per mean, none below 0, not"
+                f" {weights.tolist()}"
+            )
         if std.ndim > 1 or std.numel() not in (1, len(means)) or not (std >= 0).all():
-            raise ValueError(f"std is one number or {len(means)}, none below 0, not {std.tolist()}")
-        self.means, self.std, self.log_weights = means, std.expand(len(means)), (weights / weights.sum()).to(means).log()
+            raise ValueError(
+                f"std is one number or {len(means)}, none below 0, not {std.tolist()}"
+            )
+        self.means, self.std, self.log_weights = (
+            means,
+            std.expand(len(means)),
+            (weights / weights.sum()).to(means).log(),
+        )
 
     def sample(self, n: int, generator=None) -> Tensor:  # (n, ...)
         "Draw n points."
-        k = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
-        return self.means[k] + bcast(self.std[k], self.means[k]) * randn((n, *self.means.shape[1:]), generator, dtype=self.means.dtype)
+        k = torch.multinomial(
+            self.log_weights.exp(), n, replacement=True, generator=generator
+        )
+        return self.means[k] + bcast(self.std[k], self.means[k]) * randn(
+            (n, *self.means.shape[1:]), generator, dtype=self.means.dtype
+        )
 
 # %% ../nbs/10_score.ipynb #41e608bf
 class GaussianMixture(_Heaps):
-    "A weighted sum of round normal laws: density, score and best denoiser are known at every noise level of every process."
-    def _log_parts(self, process, x, t):  # (B,K) log of weight times density of every part of the law of x_t
-        t = torch.as_tensor(t).expand(len(x)).double()
-        alpha, sigma = (c.to(self.means)[:, None] for c in (process.alpha(t), process.sigma(t)))  # (B,1)
-        var, flat = alpha**2 * self.std**2 + sigma**2, self.means.flatten(1)  # (B,K), (K,D)
-        sq = (x.to(self.means).flatten(1)[:, None] - alpha[..., None] * flat).pow(2).sum(-1)  # (B,K)
-        return self.log_weights - sq / (2 * var) - flat.shape[1] / 2 * (2 * math.pi * var).log(), alpha, var
+    """A weighted sum of round normal laws: density, score and best denoiser are known
+    at every noise level of every process."""
 
-    def log_prob(self, process: Process, x: Tensor, t) -> Tensor:  # (B, ...), (B,) or one time -> (B,) in nats
+    # (B,K) log of weight times density of every part of the law of x_t
+    def _log_parts(self, process, x, t):
+        t = torch.as_tensor(t).expand(len(x)).double()
+        alpha, sigma = (
+            c.to(self.means)[:, None] for c in (process.alpha(t), process.sigma(t))
+        )  # (B,1)
+        # (B,K), (K,D)
+        var, flat = alpha**2 * self.std**2 + sigma**2, self.means.flatten(1)
+        sq = (
+            (x.to(self.means).flatten(1)[:, None] - alpha[..., None] * flat)
+            .pow(2)
+            .sum(-1)
+        )  # (B,K)
+        return (
+            self.log_weights
+            - sq / (2 * var)
+            - flat.shape[1] / 2 * (2 * math.pi * var).log(),
+            alpha,
+            var,
+        )
+
+    # (B, ...), (B,) or one time -> (B,) in nats
+    def log_prob(self, process: Process, x: Tensor, t) -> Tensor:
         "Log-density of noisy points."
         return self._log_parts(process, x, t)[0].logsumexp(1)
 
     def denoiser(self, process: Process):  # denoise(x, t, cond=None) -> x0_hat
         "The best denoiser there is for data from this law."
         flat = self.means.flatten(1)
+
         def denoise(x, t, cond=None):
             logits, alpha, var = self._log_parts(process, x, t)
             share, pull = logits.softmax(1), alpha * self.std**2 / var  # (B,K)
             noisy = x.to(self.means).flatten(1)
-            x0_hat = (share * (1 - pull * alpha)) @ flat + (share * pull).sum(1, keepdim=True) * noisy
+            x0_hat = (share * (1 - pull * alpha)) @ flat + (share * pull).sum(
+                1, keepdim=True
+            ) * noisy
             return x0_hat.reshape(x.shape).to(x)
+
         return denoise
 
 # %% ../nbs/10_score.ipynb #8428efee
 class NCSN(Process):
-    "Noise on top of the data, in L levels of constant ratio (Song and Ermon 2019): alpha = 1, integer t in 1..L, sigma(0) = 0."
+    """Noise on top of the data, in L levels of constant ratio (Song and Ermon 2019):
+    alpha = 1, integer t in 1..L, sigma(0) = 0."""
+
     def __init__(
         self,
         L: int = 200,  # number of levels
         sigma_min: float = 0.01,  # the weakest, at t = 1
-        sigma_max: float = 50.0,  # the strongest, at t = L: as far as the two images that differ most (Song and Ermon 2020)
+        # the strongest, at t = L: as far as the two images that differ most (Song and
+        # Ermon 2020)
+        sigma_max: float = 50.0,
     ):  # ValueError: L < 2, sigmas not 0 < min < max
         super().__init__()
-        if L < 2 or L % 1: raise ValueError(f"L is a whole number of levels, at least 2, not {L}")
-        if not 0 < sigma_min < sigma_max: raise ValueError(f"noise levels rise: 0 < sigma_min < sigma_max, not {sigma_min} and {sigma_max}")
-        self.t_max, self.config = int(L), dict(name="ncsn", L=int(L), sigma_min=sigma_min, sigma_max=sigma_max)
-        levels = torch.linspace(math.log(sigma_min), math.log(sigma_max), int(L), dtype=torch.float64, device="cpu").exp()
+        if L < 2 or L % 1:
+            raise ValueError(f"L is a whole number of levels, at least 2, not {L}")
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(
+                f"noise levels rise: 0 < sigma_min < sigma_max, not {sigma_min} and"
+                f" {sigma_max}"
+            )
+        self.t_max, self.config = int(L), dict(
+            name="ncsn", L=int(L), sigma_min=sigma_min, sigma_max=sigma_max
+        )
+        levels = torch.linspace(
+            math.log(sigma_min),
+            math.log(sigma_max),
+            int(L),
+            dtype=torch.float64,
+            device="cpu",
+        ).exp()
         self.table = Table(torch.cat([levels.new_zeros(1), levels]))
 
-    def alpha(self, t): return torch.ones_like(self.table(t))
-    def sigma(self, t): return self.table(t)
-    def clock(self, t): return (1000 * (t - 1) / (self.t_max - 1)).clamp(min=0)
+    def alpha(self, t):
+        return torch.ones_like(self.table(t))
+
+    def sigma(self, t):
+        return self.table(t)
+
+    def clock(self, t):
+        return (1000 * (t - 1) / (self.t_max - 1)).clamp(min=0)
+
     sample_t, steps = DDPM.sample_t, DDPM.steps  # whole levels, like DDPM's steps
 
 # %% ../nbs/10_score.ipynb #32b1437f
@@ -85,10 +153,13 @@ def score_of(
     denoise,  # (x, t) -> x0_hat
     process: Process,
 ):  # score(x, t) -> (B, ...), the gradient of the log-density of x_t; sigma(t) > 0
-    "The arrow field that a denoiser knows: (alpha * x0_hat - x) / sigma^2 (Vincent 2011; Tweedie's formula)."
+    """The arrow field that a denoiser knows: (alpha * x0_hat - x) / sigma^2 (Vincent
+    2011; Tweedie's formula)."""
+
     def score(x, t):
         alpha, sigma = process.coeffs(torch.as_tensor(t, device=x.device), x)
         return (alpha * denoise(x, t) - x) / sigma**2
+
     return score
 
 # %% ../nbs/10_score.ipynb #209ed62f
@@ -97,16 +168,26 @@ def langevin(
     score: Tensor,  # (B, ...) score at x
     size,  # step size, a number or (B,)
     generator=None,  # a torch.Generator, or one per example
-) -> Tensor:  # (B, ...); ValueError for a size that is not above 0 (on a GPU, where looking is slow: NaN)
-    "One step of Langevin dynamics: half a step size along the score, and noise of variance `size` (Song and Ermon 2019, eq. 4)."
+    # (B, ...); ValueError for a size that is not above 0 (on a GPU, where looking is
+    # slow: NaN)
+) -> Tensor:
+    """One step of Langevin dynamics: half a step size along the score, and noise of
+    variance `size` (Song and Ermon 2019, eq. 4)."""
     size = torch.as_tensor(size)
-    if size.device.type == "cpu" and not (size > 0).all(): raise ValueError(f"the step size is a variance above 0, not {size.min():g}")
+    if size.device.type == "cpu" and not (size > 0).all():
+        raise ValueError(f"the step size is a variance above 0, not {size.min():g}")
     size = bcast(size.to(x.device, x.dtype), x)
-    return x + size / 2 * score + size.sqrt() * randn(x.shape, generator, x.device, x.dtype)
+    return (
+        x
+        + size / 2 * score
+        + size.sqrt() * randn(x.shape, generator, x.device, x.dtype)
+    )
 
 # %% ../nbs/10_score.ipynb #3dbdf584
 class PointNet(nn.Module):
-    "A small network for points instead of images: it sees the noisy point and the clock."
+    """A small network for points instead of images: it sees the noisy point and the
+    clock."""
+
     def __init__(
         self,
         dim: int = 2,  # numbers per point
@@ -115,9 +196,15 @@ class PointNet(nn.Module):
         num_classes: int | None = None,  # None: no classes
     ):
         super().__init__()
-        self.time_dim, self.num_classes, sizes = 32, num_classes, [dim + 32, *[width] * depth]
+        self.time_dim, self.num_classes, sizes = (
+            32,
+            num_classes,
+            [dim + 32, *[width] * depth],
+        )
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
-        self.label_emb = nn.Embedding(num_classes + 1, width) if num_classes else None  # last row: the null class
+        self.label_emb = (
+            nn.Embedding(num_classes + 1, width) if num_classes else None
+        )  # last row: the null class
         self.out = nn.Linear(width, dim)
 
     def forward(
@@ -130,7 +217,12 @@ class PointNet(nn.Module):
         h = torch.cat([x, emb], dim=1)
         for i, layer in enumerate(self.layers):
             h = nn.functional.silu(layer(h))
-            if i == 0 and self.label_emb is not None: h = h + self.label_emb(torch.full((1,), self.num_classes, device=x.device) if cond is None else cond)
+            if i == 0 and self.label_emb is not None:
+                h = h + self.label_emb(
+                    torch.full((1,), self.num_classes, device=x.device)
+                    if cond is None
+                    else cond
+                )
         return self.out(h)
 
 # %% ../nbs/10_score.ipynb #90a08843
@@ -143,13 +235,30 @@ def annealed(
     n: int = 5,  # Langevin steps at each level
     rate: float = 0.3,  # step size in units of sigma(t)^2, below 4
     generator=None,  # a torch.Generator, or one per example
-):  # x_s, x0_hat, both of x's shape; ValueError for n below 1, a rate outside (0, 4), alpha(t) = 0
-    "Annealed Langevin dynamics as a step: n Langevin steps at the level of t, then on to the next (Song and Ermon 2019, algorithm 1); where sigma(s) = 0, the estimate itself."
-    if n < 1: raise ValueError(f"n is the number of Langevin steps at each level, at least 1, not {n}")
-    if not 0 < rate < 4: raise ValueError(f"rate is a step size in units of sigma^2, above 0 and below 4 (from there on the walk explodes), not {rate}")
+    # x_s, x0_hat, both of x's shape; ValueError for n below 1, a rate outside (0, 4),
+    # alpha(t) = 0
+):
+    """Annealed Langevin dynamics as a step: n Langevin steps at the level of t, then on
+    to the next (Song and Ermon 2019, algorithm 1); where sigma(s) = 0, the estimate
+    itself."""
+    if n < 1:
+        raise ValueError(
+            f"n is the number of Langevin steps at each level, at least 1, not {n}"
+        )
+    if not 0 < rate < 4:
+        raise ValueError(
+            "rate is a step size in units of sigma^2, above 0 and below 4 (from there"
+            f" on the walk explodes), not {rate}"
+        )
     (a_t, s_t), (a_s, s_s) = process.coeffs(t, x), process.coeffs(s, x)
-    if not (a_t > 0).all(): raise ValueError(f"{type(process).__name__} has nothing of the data left where alpha is 0: begin a little later, or use euler")
+    if not (a_t > 0).all():
+        raise ValueError(
+            f"{type(process).__name__} has nothing of the data left where alpha is 0:"
+            " begin a little later, or use euler"
+        )
     for _ in range(n):
         x0_hat = denoise(x, t)
-        x = langevin(x, (a_t * x0_hat - x) / s_t**2, rate * s_t.flatten() ** 2, generator)
+        x = langevin(
+            x, (a_t * x0_hat - x) / s_t**2, rate * s_t.flatten() ** 2, generator
+        )
     return torch.where(s_s > 0, x * a_s / a_t, x0_hat), x0_hat

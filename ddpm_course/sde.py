@@ -15,43 +15,78 @@ from .denoiser import _wide
 from .process import NO_FLOAT64, Process
 from .score import langevin
 
+
 class VP(Process):
-    "Variance-preserving SDE (Song et al. 2021, eq. 11): DDPM with infinitely many steps; alpha^2 + sigma^2 = 1, t in [0, 1]."
+    """Variance-preserving SDE (Song et al. 2021, eq. 11): DDPM with infinitely many
+    steps; alpha^2 + sigma^2 = 1, t in [0, 1]."""
+
     def __init__(
         self,
         beta_min: float = 0.1,  # rate of noise at t = 0
         beta_max: float = 20.0,  # and at t = 1
     ):  # ValueError for rates that are not above 0
         super().__init__()
-        if not (beta_min > 0 and beta_max > 0): raise ValueError(f"rates of noise are above 0, not {beta_min} and {beta_max}")
-        self.beta_min, self.beta_max, self.config = beta_min, beta_max, dict(name="vp", beta_min=beta_min, beta_max=beta_max)
+        if not (beta_min > 0 and beta_max > 0):
+            raise ValueError(
+                f"rates of noise are above 0, not {beta_min} and {beta_max}"
+            )
+        self.beta_min, self.beta_max, self.config = (
+            beta_min,
+            beta_max,
+            dict(name="vp", beta_min=beta_min, beta_max=beta_max),
+        )
 
-    def log_abar(self, t): return -(self.beta_min * _wide(t) + (self.beta_max - self.beta_min) * _wide(t) ** 2 / 2)  # minus the integral of beta
-    def alpha(self, t): return (self.log_abar(t) / 2).exp()
-    def sigma(self, t): return (-self.log_abar(t).expm1()).sqrt()
+    def log_abar(self, t):
+        return -(
+            self.beta_min * _wide(t)
+            + (self.beta_max - self.beta_min) * _wide(t) ** 2 / 2
+        )  # minus the integral of beta
+
+    def alpha(self, t):
+        return (self.log_abar(t) / 2).exp()
+
+    def sigma(self, t):
+        return (-self.log_abar(t).expm1()).sqrt()
 
 # %% ../nbs/11_sde.ipynb #d74e4f52
 class SubVP(VP):
-    "Like VP, with less noise on the way: sigma = 1 - alpha^2 (Song et al. 2021, eq. 12)."
+    """Like VP, with less noise on the way: sigma = 1 - alpha^2 (Song et al. 2021, eq.
+    12)."""
+
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
         super().__init__(beta_min, beta_max)
         self.config = self.config | dict(name="sub_vp")
 
-    def sigma(self, t): return -self.log_abar(t).expm1()
+    def sigma(self, t):
+        return -self.log_abar(t).expm1()
+
 
 class VE(Process):
-    "Variance-exploding SDE (Song et al. 2021, eq. 9): noise is only added; NCSN with infinitely many levels, t in [0, 1]."
+    """Variance-exploding SDE (Song et al. 2021, eq. 9): noise is only added; NCSN with
+    infinitely many levels, t in [0, 1]."""
+
     def __init__(
         self,
         sigma_min: float = 0.01,  # where the growth begins
         sigma_max: float = 50.0,  # the strongest noise
     ):  # ValueError unless 0 < sigma_min < sigma_max
         super().__init__()
-        if not 0 < sigma_min < sigma_max: raise ValueError(f"noise grows: 0 < sigma_min < sigma_max, not {sigma_min} and {sigma_max}")
-        self.sigma_min, self.ratio, self.config = sigma_min, math.log(sigma_max / sigma_min), dict(name="ve", sigma_min=sigma_min, sigma_max=sigma_max)
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(
+                f"noise grows: 0 < sigma_min < sigma_max, not {sigma_min} and"
+                f" {sigma_max}"
+            )
+        self.sigma_min, self.ratio, self.config = (
+            sigma_min,
+            math.log(sigma_max / sigma_min),
+            dict(name="ve", sigma_min=sigma_min, sigma_max=sigma_max),
+        )
 
-    def alpha(self, t): return torch.ones_like(_wide(t))
-    def sigma(self, t): return self.sigma_min * (2 * self.ratio * _wide(t)).expm1().sqrt()  # 0 at t = 0
+    def alpha(self, t):
+        return torch.ones_like(_wide(t))
+
+    def sigma(self, t):
+        return self.sigma_min * (2 * self.ratio * _wide(t)).expm1().sqrt()  # 0 at t = 0
 
 # %% ../nbs/11_sde.ipynb #d95e4d85
 def rates(
@@ -60,17 +95,30 @@ def rates(
 ):  # d alpha / dt and d sigma / dt, each (B,) float64 where the device has it
     "How fast the shares of data and noise change, by automatic differentiation."
     t = _wide(t) * 1.0
-    t = t * (1 - 64 * torch.finfo(t.dtype).eps)  # just before t: where a table of steps has a kink, the slope of the step that ends there
-    return torch.func.grad(lambda a, b: process.alpha(a).sum() + process.sigma(b).sum(), (0, 1))(t, t)
+    # just before t: where a table of steps has a kink, the slope of the step that ends
+    # there
+    t = t * (1 - 64 * torch.finfo(t.dtype).eps)
+    return torch.func.grad(
+        lambda a, b: process.alpha(a).sum() + process.sigma(b).sum(), (0, 1)
+    )(t, t)
+
 
 def drift_diffusion(
     process: Process,
     t: Tensor,  # (B,) times; alpha(t) > 0
 ):  # f and g^2, each (B,): dx = f x dt + g dw; ValueError where alpha is 0
-    "The SDE whose marginals are x_t = alpha x0 + sigma eps (Song et al. 2021, eq. 5; Karras et al. 2022, appendix B)."
-    t = (_wide(t) * 1.0).clamp(min=1e-12 * process.t_max)  # at 0, where sigma may rise infinitely steeply: the limit
-    (alpha, sigma), (d_alpha, d_sigma) = (process.alpha(t), process.sigma(t)), rates(process, t)
-    if not (alpha > 0).all(): raise ValueError(f"{type(process).__name__} has no SDE at t = {t.max():g}, where alpha is 0: begin a little later, or use euler")
+    """The SDE whose marginals are x_t = alpha x0 + sigma eps (Song et al. 2021, eq. 5;
+    Karras et al. 2022, appendix B)."""
+    # at 0, where sigma may rise infinitely steeply: the limit
+    t = (_wide(t) * 1.0).clamp(min=1e-12 * process.t_max)
+    (alpha, sigma), (d_alpha, d_sigma) = (process.alpha(t), process.sigma(t)), rates(
+        process, t
+    )
+    if not (alpha > 0).all():
+        raise ValueError(
+            f"{type(process).__name__} has no SDE at t = {t.max():g}, where alpha is 0:"
+            " begin a little later, or use euler"
+        )
     f = d_alpha / alpha
     return f, 2 * sigma * (d_sigma - f * sigma)
 
@@ -81,11 +129,17 @@ def forward_path(
     ts: Tensor,  # (n+1,) rising times
     generator=None,  # a torch.Generator, or one per example
 ) -> Tensor:  # (n+1, B, ...) x at all times; ValueError for times that do not rise
-    "Euler-Maruyama on the forward SDE dx = f x dt + g dw: noise in many small steps instead of one jump."
-    if ts.ndim != 1 or len(ts) < 2 or not (ts.diff() > 0).all(): raise ValueError("a forward path needs at least 2 times that rise from data to noise")
+    """Euler-Maruyama on the forward SDE dx = f x dt + g dw: noise in many small steps
+    instead of one jump."""
+    if ts.ndim != 1 or len(ts) < 2 or not (ts.diff() > 0).all():
+        raise ValueError(
+            "a forward path needs at least 2 times that rise from data to noise"
+        )
     path, dts, (f, g2) = [x], _wide(ts).diff(), drift_diffusion(process, ts[:-1])
     for keep, fresh in zip((1 + f * dts).to(x), (g2 * dts).sqrt().to(x)):
-        path.append(keep * path[-1] + fresh * randn(x.shape, generator, x.device, x.dtype))
+        path.append(
+            keep * path[-1] + fresh * randn(x.shape, generator, x.device, x.dtype)
+        )
     return torch.stack(path)
 
 # %% ../nbs/11_sde.ipynb #36d7faf7
@@ -97,7 +151,8 @@ def euler_maruyama(
     s: Tensor,  # (B,) next, smaller
     generator=None,  # a torch.Generator, or one per example
 ):  # x_s, x0_hat, both of x's shape; ValueError where alpha(t) is 0
-    "Euler's rule on the reverse-time SDE dx = (f x - g^2 score) dt + g dw (Song et al. 2021, eq. 6); where sigma(s) = 0, the estimate itself."
+    """Euler's rule on the reverse-time SDE dx = (f x - g^2 score) dt + g dw (Song et
+    al. 2021, eq. 6); where sigma(s) = 0, the estimate itself."""
     f, g2 = (bcast(v, x).to(x) for v in drift_diffusion(process, t))
     (alpha, sigma), dt = process.coeffs(t, x), bcast(_wide(t) - _wide(s), x).to(x)
     x0_hat = denoise(x, t)
@@ -109,13 +164,20 @@ def euler_maruyama(
 def probability_flow(
     denoise,  # (x, t) -> x0_hat
     process: Process,
-):  # velocity(x, t) -> dx/dt (B, ...), for x (B, ...) and t (B,) or one time; sigma(t) > 0
-    "The deterministic way that has the same marginals (Song et al. 2021, eq. 13): dx/dt = x0_hat * alpha' + eps_hat * sigma'."
+    # velocity(x, t) -> dx/dt (B, ...), for x (B, ...) and t (B,) or one time; sigma(t)
+    # > 0
+):
+    """The deterministic way that has the same marginals (Song et al. 2021, eq. 13):
+    dx/dt = x0_hat * alpha' + eps_hat * sigma'."""
+
     def velocity(x, t):
         t = torch.as_tensor(t, device=x.device).expand(len(x))
-        (alpha, sigma), (d_alpha, d_sigma) = process.coeffs(t, x), (bcast(v, x).to(x) for v in rates(process, t))
+        (alpha, sigma), (d_alpha, d_sigma) = process.coeffs(t, x), (
+            bcast(v, x).to(x) for v in rates(process, t)
+        )
         x0_hat = denoise(x, t)
         return d_alpha * x0_hat + d_sigma * (x - alpha * x0_hat) / sigma
+
     return velocity
 
 # %% ../nbs/11_sde.ipynb #3628658b
@@ -123,18 +185,29 @@ def corrected(
     step=euler_maruyama,  # the predictor: any step
     n: int = 1,  # Langevin steps after it
     snr: float = 0.16,  # length of a Langevin step over that of its noise
-):  # a step: (denoise, process, x, t, s, generator) -> x_s, x0_hat; n + 1 evaluations, 1 where sigma(s) is 0
-    "Predictor-corrector: after each step, Langevin steps at the new noise level (Song et al. 2021, algorithms 2 to 5)."
-    if n < 0 or snr <= 0: raise ValueError(f"a corrector takes n >= 0 Langevin steps with snr > 0, not n = {n}, snr = {snr}")
+    # a step: (denoise, process, x, t, s, generator) -> x_s, x0_hat; n + 1 evaluations,
+    # 1 where sigma(s) is 0
+):
+    """Predictor-corrector: after each step, Langevin steps at the new noise level (Song
+    et al. 2021, algorithms 2 to 5)."""
+    if n < 0 or snr <= 0:
+        raise ValueError(
+            f"a corrector takes n >= 0 Langevin steps with snr > 0, not n = {n}, snr ="
+            f" {snr}"
+        )
+
     def both(denoise, process, x, t, s, generator=None, **kw):
         x, x0_hat = step(denoise, process, x, t, s, generator=generator, **kw)
         alpha, sigma = process.coeffs(s, x)
-        if not (sigma > 0).all(): return x, x0_hat
+        if not (sigma > 0).all():
+            return x, x0_hat
         for _ in range(n):
             x0_hat = denoise(x, s)
             score = (alpha * x0_hat - x) / sigma**2
-            x = langevin(x, score, (2 * snr * sigma.flatten()) ** 2, generator)  # the paper measures |noise| / |score|, sigma on average
+            # the paper measures |noise| / |score|, sigma on average
+            x = langevin(x, score, (2 * snr * sigma.flatten()) ** 2, generator)
         return x, x0_hat
+
     return both
 
 # %% ../nbs/11_sde.ipynb #583ba025
@@ -143,33 +216,68 @@ def solve_ode(
     process: Process,
     x: Tensor,  # (B, ...) at t_from
     t_from: float,  # where to start
-    t_to: float,  # where to end, earlier or later; both above 0 (velocity is not defined at sigma = 0)
+    # where to end, earlier or later; both above 0 (velocity is not defined at sigma =
+    # 0)
+    t_to: float,
     rtol: float = 1e-5,  # error allowed per step, relative to x
     atol: float = 1e-5,  # and absolute
-    method: str = "RK45",  # of scipy.integrate.solve_ivp: orders 5 and 4; 'DOP853' for tiny tolerances
+    # of scipy.integrate.solve_ivp: orders 5 and 4; 'DOP853' for tiny tolerances
+    method: str = "RK45",
     at: Tensor | None = None,  # (K,) times from t_from to t_to at which to see the way
-):  # x at t_to (B, ...), or at all of these times (K, B, ...), and the number of evaluations; ValueError where the solver cannot go on
-    "Probability-flow ODE with steps that adapt to the error, forth or back (scipy's solve_ivp); one step size for the whole batch."
+    # x at t_to (B, ...), or at all of these times (K, B, ...), and the number of
+    # evaluations; ValueError where the solver cannot go on
+):
+    """Probability-flow ODE with steps that adapt to the error, forth or back (scipy's
+    solve_ivp); one step size for the whole batch."""
     from scipy.integrate import solve_ivp
+
     wide = torch.float32 if x.device.type in NO_FLOAT64 else torch.float64
-    if not (process.sigma(torch.tensor([t_from, t_to], dtype=wide, device=x.device)) > 0).all():
-        raise ValueError(f"the ODE has no velocity where sigma is 0: from {t_from:g} to {t_to:g} is too far; leave the rest, such as {process.t_max / 1000:g} to 0, to a step of euler")
+    if not (
+        process.sigma(torch.tensor([t_from, t_to], dtype=wide, device=x.device)) > 0
+    ).all():
+        raise ValueError(
+            f"the ODE has no velocity where sigma is 0: from {t_from:g} to {t_to:g} is"
+            f" too far; leave the rest, such as {process.t_max / 1000:g} to 0, to a"
+            " step of euler"
+        )
     velocity = probability_flow(denoise, process)
+
     def field(t, flat):
-        with torch.no_grad(): v = velocity(torch.as_tensor(flat, dtype=x.dtype).to(x.device).reshape(x.shape), torch.tensor([t], dtype=wide))
-        if not v.isfinite().all(): raise ValueError(f"the velocity at t = {t:g} is not finite: look at what the denoiser says there")
+        with torch.no_grad():
+            v = velocity(
+                torch.as_tensor(flat, dtype=x.dtype).to(x.device).reshape(x.shape),
+                torch.tensor([t], dtype=wide),
+            )
+        if not v.isfinite().all():
+            raise ValueError(
+                f"the velocity at t = {t:g} is not finite: look at what the denoiser"
+                " says there"
+            )
         return v.cpu().double().flatten().numpy()
-    found = solve_ivp(field, (float(t_from), float(t_to)), x.cpu().double().flatten().numpy(), method, None if at is None else at.tolist(), rtol=rtol, atol=atol)
-    if not found.success: raise ValueError(f"the solver stopped at t = {found.t[-1]:g}: {found.message}")
+
+    found = solve_ivp(
+        field,
+        (float(t_from), float(t_to)),
+        x.cpu().double().flatten().numpy(),
+        method,
+        None if at is None else at.tolist(),
+        rtol=rtol,
+        atol=atol,
+    )
+    if not found.success:
+        raise ValueError(f"the solver stopped at t = {found.t[-1]:g}: {found.message}")
     way = torch.as_tensor(found.y.T, dtype=x.dtype).reshape(-1, *x.shape).to(x.device)
     return way[-1] if at is None else way, found.nfev
 
 # %% ../nbs/11_sde.ipynb #4dddf570
 def time_of(
     process: Process,
-    level,  # noise levels sigma / alpha, any shape; those above the process's strongest give t_max
+    # noise levels sigma / alpha, any shape; those above the process's strongest give
+    # t_max
+    level,
 ) -> Tensor:  # times, float64, of level's shape
-    "The time at which a process has a given noise level, by bisection: the dictionary between processes."
+    """The time at which a process has a given noise level, by bisection: the dictionary
+    between processes."""
     level = torch.as_tensor(level, dtype=torch.float64)
     lo, hi = torch.zeros_like(level), torch.full_like(level, float(process.t_max))
     for _ in range(80):

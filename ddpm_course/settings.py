@@ -19,9 +19,12 @@ from .core import choose
 # %% ../nbs/99_settings.ipynb #ed0decdc
 PRECISIONS = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
+
 @dataclass(frozen=True)
 class Settings:
-    "How to train; written into the run folder. ValueError for values that make no sense."
+    """How to train; written into the run folder. ValueError for values that make no
+    sense."""
+
     lr: float = 2e-3  # highest learning rate of the one-cycle schedule
     weight_decay: float = 0.01  # AdamW
     clip: float = 1.0  # longest gradient
@@ -30,15 +33,20 @@ class Settings:
     ema_start: int = 0  # optimizer steps before averaging starts
     precision: str = "auto"  # 'float32' | 'bfloat16' | 'float16' | 'auto' (measured)
     channels_last: bool | None = None  # memory layout; None: measured
-    compile: bool = False  # torch.compile: a minute at the start, pays on a GPU in long runs
+    # torch.compile: a minute at the start, pays on a GPU in long runs
+    compile: bool = False
     total_steps: int = 0  # optimizer steps in all; fixed before the first
 
     def __post_init__(self):
         choose(self.precision, {**PRECISIONS, "auto": None}, "precision")
         for name in ("lr", "clip", "accumulate"):
-            if not getattr(self, name) > 0: raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}")
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"{name} must be more than 0, not {getattr(self, name)}"
+                )
         for name in ("accumulate", "total_steps", "ema_start"):
-            if getattr(self, name) % 1 or getattr(self, name) < 0: raise ValueError(f"{name} is a whole number, not {getattr(self, name)}")
+            if getattr(self, name) % 1 or getattr(self, name) < 0:
+                raise ValueError(f"{name} is a whole number, not {getattr(self, name)}")
 
 # %% ../nbs/99_settings.ipynb #213962d9
 def timings(
@@ -51,20 +59,36 @@ def timings(
     while len(times) <= n and (len(times) <= 3 or sum(times) < seconds):
         start = time.perf_counter()
         f()
-        if torch.cuda.is_available(): torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return sorted(times[1:])
 
+
 def _probe(dtype):  # one small convolution
-    conv, x = nn.Conv2d(64, 64, 3, padding=1).to(dtype), torch.randn(8, 64, 16, 16, dtype=dtype)
+    conv, x = nn.Conv2d(64, 64, 3, padding=1).to(dtype), torch.randn(
+        8, 64, 16, 16, dtype=dtype
+    )
     return lambda: conv(x)
+
 
 def precisions(
     device: torch.device,
 ) -> list:  # names, the safe one first
     "The precisions worth timing on a device."
-    if device.type == "cuda": return ["bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"]
-    if device.type == "cpu" and timings(_probe(torch.bfloat16))[0] < 0.8 * timings(_probe(torch.float32))[0]: return ["float32", "bfloat16"]
+    if device.type == "cuda":
+        return [
+            (
+                "bfloat16"
+                if torch.cuda.is_bf16_supported(including_emulation=False)
+                else "float16"
+            )
+        ]
+    if (
+        device.type == "cpu"
+        and timings(_probe(torch.bfloat16))[0] < 0.8 * timings(_probe(torch.float32))[0]
+    ):
+        return ["float32", "bfloat16"]
     return ["float32"]
 
 # %% ../nbs/99_settings.ipynb #a0d16285
@@ -75,7 +99,21 @@ def fastest(
 ) -> Settings:  # ValueError for float16 without a GPU
     "Fill in precision and memory layout by timing a few steps of each."
     names = precisions(device) if settings.precision == "auto" else [settings.precision]
-    if "float16" in names and device.type != "cuda": raise ValueError(f"float16 needs a GPU for its loss scaling, this is {device.type}: take bfloat16 or float32")
-    layouts = [False, True] if settings.channels_last is None else [settings.channels_last]
-    options = [dataclasses.replace(settings, precision=p, channels_last=c) for p in names for c in layouts]
-    return options[0] if len(options) == 1 else min(options, key=lambda o: timings(trial(o))[0])
+    if "float16" in names and device.type != "cuda":
+        raise ValueError(
+            f"float16 needs a GPU for its loss scaling, this is {device.type}: take"
+            " bfloat16 or float32"
+        )
+    layouts = (
+        [False, True] if settings.channels_last is None else [settings.channels_last]
+    )
+    options = [
+        dataclasses.replace(settings, precision=p, channels_last=c)
+        for p in names
+        for c in layouts
+    ]
+    return (
+        options[0]
+        if len(options) == 1
+        else min(options, key=lambda o: timings(trial(o))[0])
+    )

@@ -17,8 +17,14 @@ from .core import choose
 
 # %% ../nbs/95_shapes.ipynb #0eb64c2e
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-COLOURS = {"red": (220, 40, 40), "green": (40, 160, 70), "blue": (40, 80, 220),
-           "yellow": (250, 200, 20), "purple": (150, 60, 180), "cyan": (30, 190, 210)}
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 70),
+    "blue": (40, 80, 220),
+    "yellow": (250, 200, 20),
+    "purple": (150, 60, 180),
+    "cyan": (30, 190, 210),
+}
 SIZES = {"small": 0.13, "large": 0.21}  # radius, as a fraction of the shorter side
 RELATIONS = ("left of", "right of", "above", "below")
 MARGIN = 0.02  # between an object and the edge of its room
@@ -27,10 +33,12 @@ MARGIN = 0.02  # between an object and the edge of its room
 def mix(
     x: Tensor,  # int64, any shape
 ) -> Tensor:  # int64: all 64 bits depend on all bits of x
-    "The finaliser of SplitMix64 (Steele et al. 2014); int64 products wrap around, as they must."
+    """The finaliser of SplitMix64 (Steele et al. 2014); int64 products wrap around, as
+    they must."""
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
     return x ^ (x >> 31 & (1 << 33) - 1)
+
 
 def uniform(
     index: Tensor,  # (B,) int64 image numbers
@@ -49,12 +57,20 @@ def place(
     relation: Tensor,  # (B,) int64 into RELATIONS
     u,  # u(k) -> (B,) uniform random numbers
 ) -> Tensor:  # (B,2,2) centres (x, y) in [0, 1]; y grows downwards
-    "Centres: one object anywhere; two in opposite halves, so that exactly one relation is true and nothing overlaps."
-    room, swap = MARGIN + r, (relation % 2 == 1)[:, None]  # 'right of' and 'below': the first object is in the second half
-    half = room + torch.stack([u(0), u(1)], 1) * (0.5 - 2 * room) + torch.cat([swap, ~swap], 1) * 0.5
+    """Centres: one object anywhere; two in opposite halves, so that exactly one
+    relation is true and nothing overlaps."""
+    # 'right of' and 'below': the first object is in the second half
+    room, swap = MARGIN + r, (relation % 2 == 1)[:, None]
+    half = (
+        room
+        + torch.stack([u(0), u(1)], 1) * (0.5 - 2 * room)
+        + torch.cat([swap, ~swap], 1) * 0.5
+    )
     across = 0.34 + 0.32 * u(2)[:, None] + 0.14 * (torch.stack([u(3), u(4)], 1) - 0.5)
     sideways = (relation < 2)[:, None, None]
-    pair = torch.where(sideways, torch.stack([half, across], 2), torch.stack([across, half], 2))
+    pair = torch.where(
+        sideways, torch.stack([half, across], 2), torch.stack([across, half], 2)
+    )
     alone = room[:, :1] + torch.stack([u(0), u(2)], 1) * (1 - 2 * room[:, :1])
     return torch.where(two[:, None, None], pair, alone[:, None])
 
@@ -63,20 +79,36 @@ def make_scene(
     index: Tensor,  # (B,) int64 image numbers
     seed: int = 0,
     objects=(1, 2),  # how many objects an image may have: (1,), (2,) or (1, 2)
-) -> dict:  # shape, colour, size_name (B,2) int64; size (B,2); position (B,2,2); angle (B,2); present (B,2) bool; relation (B,) int64; background (B,)
-    "What is in each image, drawn by `uniform`; change `position`, `size`, `angle` or `background` to make it move."
-    if not objects or not {*objects} <= {1, 2}: raise ValueError(f"objects holds 1, 2 or both, not {objects!r}")
+    # shape, colour, size_name (B,2) int64; size (B,2); position (B,2,2); angle (B,2);
+    # present (B,2) bool; relation (B,) int64; background (B,)
+) -> dict:
+    """What is in each image, drawn by `uniform`; change `position`, `size`, `angle` or
+    `background` to make it move."""
+    if not objects or not {*objects} <= {1, 2}:
+        raise ValueError(f"objects holds 1, 2 or both, not {objects!r}")
     u = partial(uniform, index, seed=seed)
-    def pick(field, n): return (u(field) * n).long()
-    def both(field, n): return torch.stack([pick(field, n), pick(field + 1, n)], 1)
+
+    def pick(field, n):
+        return (u(field) * n).long()
+
+    def both(field, n):
+        return torch.stack([pick(field, n), pick(field + 1, n)], 1)
+
     size_name, relation = both(4, len(SIZES)), pick(6, len(RELATIONS))
     number = torch.tensor(objects, device=index.device)[pick(7, len(objects))]
     jitter = 1 + 0.1 * (torch.stack([u(8), u(9)], 1) - 0.5)
     size = torch.tensor(list(SIZES.values()), device=index.device)[size_name] * jitter
-    return dict(shape=both(0, len(SHAPES)), colour=both(2, len(COLOURS)), size_name=size_name, size=size,
-                position=place(size, number == 2, relation, lambda k: u(10 + k)),
-                angle=(torch.stack([u(15), u(16)], 1) - 0.5) * 0.5, relation=relation,
-                present=torch.stack([number > 0, number == 2], 1), background=0.88 + 0.12 * u(17))
+    return dict(
+        shape=both(0, len(SHAPES)),
+        colour=both(2, len(COLOURS)),
+        size_name=size_name,
+        size=size,
+        position=place(size, number == 2, relation, lambda k: u(10 + k)),
+        angle=(torch.stack([u(15), u(16)], 1) - 0.5) * 0.5,
+        relation=relation,
+        present=torch.stack([number > 0, number == 2], 1),
+        background=0.88 + 0.12 * u(17),
+    )
 
 # %% ../nbs/95_shapes.ipynb #4f300bc1
 def captions(
@@ -86,19 +118,31 @@ def captions(
     names = [list(SIZES), list(COLOURS), SHAPES]
     picked = [scene[k].tolist() for k in ("size_name", "colour", "shape")]
     texts = []
-    for i, (two, relation) in enumerate(zip(scene["present"][:, 1].tolist(), scene["relation"].tolist())):
-        first, second = ("a " + " ".join(n[p[i][o]] for n, p in zip(names, picked)) for o in (0, 1))
+    for i, (two, relation) in enumerate(
+        zip(scene["present"][:, 1].tolist(), scene["relation"].tolist())
+    ):
+        first, second = (
+            "a " + " ".join(n[p[i][o]] for n, p in zip(names, picked)) for o in (0, 1)
+        )
         texts.append(f"{first} {RELATIONS[relation]} {second}" if two else first)
     return texts
 
 # %% ../nbs/95_shapes.ipynb #4e79b331
-def _circle(u, v): return torch.hypot(u, v).sub_(1)
+def _circle(u, v):
+    return torch.hypot(u, v).sub_(1)
 
-def _square(u, v): return torch.maximum(u.abs_(), v.abs_()).sub_(0.8)
 
-def _triangle(u, v): return torch.maximum(u.abs_().mul_(0.75**0.5).sub_(v, alpha=0.5), v).sub_(0.55)
+def _square(u, v):
+    return torch.maximum(u.abs_(), v.abs_()).sub_(0.8)
 
-def _ring(u, v): return torch.hypot(u, v).sub_(0.72).abs_().sub_(0.28)
+
+def _triangle(u, v):
+    return torch.maximum(u.abs_().mul_(0.75**0.5).sub_(v, alpha=0.5), v).sub_(0.55)
+
+
+def _ring(u, v):
+    return torch.hypot(u, v).sub_(0.72).abs_().sub_(0.28)
+
 
 def _cross(u, v):
     a, b = u.abs_(), v.abs_()
@@ -115,20 +159,26 @@ def _star(u, v, tip=1.1, notch=0.5):
     length = math.hypot(ex, ey)
     return y.sub_(tip).mul_(ex / length).sub_(x.abs_(), alpha=ey / length)
 
+
 _SDF = dict(zip(SHAPES, (_circle, _square, _triangle, _star, _ring, _cross)))
 
 # %% ../nbs/95_shapes.ipynb #5da4a209
 def _coverage(
-    sdf,  # (u, v) -> signed distance to the outline of the unit shape, negative inside; may overwrite u and v
+    # (u, v) -> signed distance to the outline of the unit shape, negative inside; may
+    # overwrite u and v
+    sdf,
     centre: Tensor,  # (n,2) pixels
     radius: Tensor,  # (n,) pixels
     angle: Tensor,  # (n,) radians, clockwise
-    H: int, W: int,
+    H: int,
+    W: int,
 ) -> Tensor:  # (n,H,W) share of each pixel that the shape covers
-    "An edge crosses a pixel where the distance is within half a pixel: there the coverage goes from 0 to 1."
+    """An edge crosses a pixel where the distance is within half a pixel: there the
+    coverage goes from 0 to 1."""
     x = (torch.arange(W, device=radius.device) + 0.5 - centre[:, :1]) / radius[:, None]
     y = (torch.arange(H, device=radius.device) + 0.5 - centre[:, 1:]) / radius[:, None]
-    if angle.device.type != "mps": angle = angle.double()  # the same to the last bit, however a batch is cut
+    if angle.device.type != "mps":
+        angle = angle.double()  # the same to the last bit, however a batch is cut
     c, s = (f(angle).float()[:, None] for f in (torch.cos, torch.sin))
     u = (c * x)[:, None, :] + (s * y)[:, :, None]
     v = (-s * x)[:, None, :] + (c * y)[:, :, None]
@@ -140,16 +190,20 @@ def _paint(
     objects: list,  # centres (B,K,2) and radii (B,K) in pixels, angles (B,K)
     rgb: Tensor,  # (B,K,3) 0..255
     background: Tensor,  # (B,) 0..255
-    H: int, W: int,
+    H: int,
+    W: int,
 ) -> Tensor:  # (B,3,H,W) float
-    "One chunk of `render`: the coverage of each kind of shape, then the objects over the background in their order."
+    """One chunk of `render`: the coverage of each kind of shape, then the objects over
+    the background in their order."""
     B, K = kind.shape
     alpha = torch.zeros(B, K, H, W, device=kind.device)
     for k, sdf in enumerate(_SDF.values()):
         i = (kind == k).nonzero(as_tuple=True)
-        if len(i[0]): alpha[i] = _coverage(sdf, *(f[i] for f in objects), H, W)
+        if len(i[0]):
+            alpha[i] = _coverage(sdf, *(f[i] for f in objects), H, W)
     image = background.view(B, 1, 1, 1).repeat(1, 3, H, W)
-    for k in range(K): image.lerp_(rgb[:, k, :, None, None], alpha[:, k, None])
+    for k in range(K):
+        image.lerp_(rgb[:, k, :, None, None], alpha[:, k, None])
     return image
 
 # %% ../nbs/95_shapes.ipynb #1631548d
@@ -157,46 +211,98 @@ def as_size(
     img_size,  # pixels of a square's side, or (height, width)
 ) -> tuple:  # (H, W); ValueError if a side is not a whole number of at least 1
     "An image size as a pair."
-    size = tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size, img_size)
+    size = (
+        tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size, img_size)
+    )
     if len(size) != 2 or not all(isinstance(s, int) and s >= 1 for s in size):
-        raise ValueError(f"img_size is a whole number of pixels, at least 1, or a pair (height, width), not {img_size!r}")
+        raise ValueError(
+            "img_size is a whole number of pixels, at least 1, or a pair (height,"
+            f" width), not {img_size!r}"
+        )
     return size
+
 
 def render(
     scene: dict,  # from make_scene
     img_size=32,  # side, or (height, width)
 ) -> Tensor:  # (B,3,H,W) uint8
-    "Draw a scene: vectorised over the batch, with soft edges, in chunks that stay in the cache."
+    """Draw a scene: vectorised over the batch, with soft edges, in chunks that stay in
+    the cache."""
     H, W = as_size(img_size)
     size = scene["size"]
-    objects = [scene["position"] * torch.tensor([W, H], device=size.device), size * min(H, W), scene["angle"]]
-    rgb = torch.tensor(list(COLOURS.values()), device=size.device)[scene["colour"]] + 0.5  # + 0.5: the cast to uint8 cuts
+    objects = [
+        scene["position"] * torch.tensor([W, H], device=size.device),
+        size * min(H, W),
+        scene["angle"],
+    ]
+    rgb = (
+        torch.tensor(list(COLOURS.values()), device=size.device)[scene["colour"]] + 0.5
+    )  # + 0.5: the cast to uint8 cuts
     kind = torch.where(scene["present"], scene["shape"], -1)
     out = torch.empty(len(size), 3, H, W, dtype=torch.uint8, device=size.device)
     n = max(1, 2**18 // (H * W))
     for i in range(0, len(size), n):
         at = slice(i, i + n)
-        out[at] = _paint(kind[at], [f[at] for f in objects], rgb[at], scene["background"][at] * 255 + 0.5, H, W)
+        out[at] = _paint(
+            kind[at],
+            [f[at] for f in objects],
+            rgb[at],
+            scene["background"][at] * 255 + 0.5,
+            H,
+            W,
+        )
     return out
 
 # %% ../nbs/95_shapes.ipynb #2e3a6e63
 class Shapes:
-    "A data set of `n` drawn images that takes no memory: image i is a function of (seed, start + i)."
+    """A data set of `n` drawn images that takes no memory: image i is a function of
+    (seed, start + i)."""
+
     classes = list(SHAPES)
+
     def __init__(self, n, img_size=32, seed=0, start=0, objects=(1, 2)):
-        self.n, self.size, self.seed, self.start, self.objects = n, as_size(img_size), seed, start, objects
+        self.n, self.size, self.seed, self.start, self.objects = (
+            n,
+            as_size(img_size),
+            seed,
+            start,
+            objects,
+        )
         self.device = torch.device("cpu")
-    def __len__(self): return self.n
+
+    def __len__(self):
+        return self.n
+
     @property
-    def shape(self): return (self.n, 3, *self.size)
+    def shape(self):
+        return (self.n, 3, *self.size)
+
     @property
-    def labels(self): return self.scene(torch.arange(self.n))["shape"][:, 0]  # (n,) kind of the first object
-    def to(self, device): self.device = torch.device(device); return self
+    def labels(self):
+        # (n,) kind of the first object
+        return self.scene(torch.arange(self.n))["shape"][:, 0]
+
+    def to(self, device):
+        self.device = torch.device(device)
+        return self
+
     def scene(self, i):
-        at = "cpu" if self.device.type == "mps" else self.device  # mps is no friend of 64-bit arithmetic
-        return {k: v.to(self.device) for k, v in make_scene(self.start + i.to(at), self.seed, self.objects).items()}
-    def get(self, i): return render(self.scene(i), self.size)  # (B,3,H,W) uint8 of the images numbered i
-    def captions(self, i): return captions(self.scene(i))
+        # mps is no friend of 64-bit arithmetic
+        at = "cpu" if self.device.type == "mps" else self.device
+        return {
+            k: v.to(self.device)
+            for k, v in make_scene(
+                self.start + i.to(at), self.seed, self.objects
+            ).items()
+        }
+
+    def get(self, i):
+        # (B,3,H,W) uint8 of the images numbered i
+        return render(self.scene(i), self.size)
+
+    def captions(self, i):
+        return captions(self.scene(i))
+
 
 def draw_shapes(
     index: Tensor,  # (B,) int64 image numbers

@@ -15,77 +15,132 @@ from .denoiser import _wide
 from .edm import _level_steps
 from .process import Process
 
+
 def linear_part(
     process: Process,
     t: Tensor,  # (B,) now; sigma(t) > 0
     s: Tensor,  # (B,) next; sigma may be 0 here, alpha may be 0 at t
 ):  # shrink, gain, h, each (B,), float64 where the device has it
-    "x_s = shrink * x_t + gain * (mean of x0_hat on the way), exactly (Lu et al. 2022, DPM-Solver++, proposition 4.1); h is the step's length in log(alpha / sigma)."
-    (a_t, s_t), (a_s, s_s) = ((process.alpha(u), process.sigma(u)) for u in (_wide(t), _wide(s)))
+    """x_s = shrink * x_t + gain * (mean of x0_hat on the way), exactly (Lu et al. 2022,
+    DPM-Solver++, proposition 4.1); h is the step's length in log(alpha / sigma)."""
+    (a_t, s_t), (a_s, s_s) = (
+        (process.alpha(u), process.sigma(u)) for u in (_wide(t), _wide(s))
+    )
     shrink = s_s / s_t
     return shrink, a_s - a_t * shrink, (a_s / s_s).log() - (a_t / s_t).log()
 
-def _by(v, x): return bcast(v, x).to(x)  # (B,) -> (B,1,...), in the type of x
+
+def _by(v, x):
+    return bcast(v, x).to(x)  # (B,) -> (B,1,...), in the type of x
 
 # %% ../nbs/14_fast_sampling.ipynb #68e1104a
 _Past = namedtuple("_Past", "s h x0 gain slope lean share", defaults=(None,) * 4)
 
+
 def _onward(past, x, t):  # does a step at time t go on where the last one ended?
-    if past is None or past.x0.shape != x.shape or past.x0.device != x.device or past.x0.dtype != x.dtype: return False
+    if (
+        past is None
+        or past.x0.shape != x.shape
+        or past.x0.device != x.device
+        or past.x0.dtype != x.dtype
+    ):
+        return False
     return torch.equal(past.s, _wide(t))
 
-def _ratio(h, before):  # h / before; 0 where a step is infinitely long, to sigma = 0 or from alpha = 0
+
+# h / before; 0 where a step is infinitely long, to sigma = 0 or from alpha = 0
+def _ratio(h, before):
     q = h / before
     return torch.where(q.isfinite(), q, 0)
 
-def dpmpp_2m():  # step(denoise, process, x, t, s, generator=None) -> x_s, x0_hat; one evaluation; its memory starts anew with every walk
-    "DPM-Solver++ (2M): the mean of x0_hat from the line through the last two (Lu et al. 2022, algorithm 2)."
+
+# step(denoise, process, x, t, s, generator=None) -> x_s, x0_hat; one evaluation; its
+# memory starts anew with every walk
+def dpmpp_2m():
+    """DPM-Solver++ (2M): the mean of x0_hat from the line through the last two (Lu et
+    al. 2022, algorithm 2)."""
     past = None
+
     def step(denoise, process, x, t, s, generator=None):
         nonlocal past
         shrink, gain, h = linear_part(process, t, s)
         x0_hat = mean = denoise(x, t)
-        if _onward(past, x, t): mean = x0_hat + _by(_ratio(h, past.h) / 2, x) * (x0_hat - past.x0)
+        if _onward(past, x, t):
+            mean = x0_hat + _by(_ratio(h, past.h) / 2, x) * (x0_hat - past.x0)
         past = _Past(_wide(s), h, x0_hat)
         return _by(shrink, x) * x + _by(gain, x) * mean, x0_hat
+
     return step
 
 # %% ../nbs/14_fast_sampling.ipynb #7bd45cc2
-def _moments(h):  # (B,) -> (2,B): means of u and u^2 over a step, u from 0 to 1 with weight exp(h u)
+# (B,) -> (2,B): means of u and u^2 over a step, u from 0 to 1 with weight exp(h u)
+def _moments(h):
     total = -(-h).expm1()
     first = 1 / total - 1 / h
     exact = torch.stack([first, 1 / total - 2 * first / h])
-    return torch.where(h.abs() < 1e-3, torch.stack([1 / 2 + h / 12, 1 / 3 + h / 12]), exact)  # short steps: no 1/h - 1/h
+    return torch.where(
+        h.abs() < 1e-3, torch.stack([1 / 2 + h / 12, 1 / 3 + h / 12]), exact
+    )  # short steps: no 1/h - 1/h
 
-def unipc():  # step(denoise, process, x, t, s, generator=None) -> x_s, x0_hat; one evaluation; its memory starts anew with every walk
-    "UniPC of order 2, variant B2 (Zhao et al. 2023): DPM-Solver++ (2M), and each step corrected when the answer at its end is there."
+
+# step(denoise, process, x, t, s, generator=None) -> x_s, x0_hat; one evaluation; its
+# memory starts anew with every walk
+def unipc():
+    """UniPC of order 2, variant B2 (Zhao et al. 2023): DPM-Solver++ (2M), and each step
+    corrected when the answer at its end is there."""
     past = None
+
     def step(denoise, process, x, t, s, generator=None):
         nonlocal past
         shrink, gain, h = linear_part(process, t, s)
-        x0_hat, slope, lean, share = denoise(x, t), torch.zeros_like(x), 0 * shrink, 0 * shrink + 0.5
+        x0_hat, slope, lean, share = (
+            denoise(x, t),
+            torch.zeros_like(x),
+            0 * shrink,
+            0 * shrink + 0.5,
+        )
         if _onward(past, x, t):
             surprise = x0_hat - past.x0 - past.slope
-            x = x + _by(past.gain, x) * (_by(past.lean, x) * past.slope + _by(past.share, x) * surprise)
+            x = x + _by(past.gain, x) * (
+                _by(past.lean, x) * past.slope + _by(past.share, x) * surprise
+            )
             q, (m1, m2) = _ratio(h, past.h), _moments(h)
-            slope, lean, share = _by(q, x) * (x0_hat - past.x0), m1 - 0.5, (m1 + q * m2) / (1 + q)
+            slope, lean, share = (
+                _by(q, x) * (x0_hat - past.x0),
+                m1 - 0.5,
+                (m1 + q * m2) / (1 + q),
+            )
         past = _Past(_wide(s), h, x0_hat, gain, slope, lean, share)
         return _by(shrink, x) * x + _by(gain, x) * (x0_hat + slope / 2), x0_hat
+
     return step
 
 # %% ../nbs/14_fast_sampling.ipynb #e161044a
 def log_snr_steps(
     process: Process,
     n: int,  # steps
-    sigma_max: float | None = None,  # noise level sigma / alpha to start at; None: t_max, then on from 80 or the process's strongest
+    # noise level sigma / alpha to start at; None: t_max, then on from 80 or the
+    # process's strongest
+    sigma_max: float | None = None,
     sigma_min: float = 0.002,  # the last level before 0
     device=None,
-) -> Tensor:  # (n+1,) falling times, the last is 0; ValueError for n < 1 or levels in the wrong order
+    # (n+1,) falling times, the last is 0; ValueError for n < 1 or levels in the wrong
+    # order
+) -> Tensor:
     "Times that are even in log SNR (Lu et al. 2022, DPM-Solver)."
-    if n < 1: raise ValueError(f"sampling needs at least 1 step, not {n}")
+    if n < 1:
+        raise ValueError(f"sampling needs at least 1 step, not {n}")
+
     def levels(top):
-        if not 0 < sigma_min < top: raise ValueError(f"noise levels fall: sigma_min is between 0 and {top:g}, not {sigma_min}")
-        return torch.linspace(math.log(top), math.log(sigma_min), n, dtype=torch.float64).exp()
+        if not 0 < sigma_min < top:
+            raise ValueError(
+                f"noise levels fall: sigma_min is between 0 and {top:g}, not"
+                f" {sigma_min}"
+            )
+        return torch.linspace(
+            math.log(top), math.log(sigma_min), n, dtype=torch.float64
+        ).exp()
+
     return _level_steps(process, levels, sigma_max, device)
 
 # %% ../nbs/14_fast_sampling.ipynb #23bf474c
@@ -94,10 +149,21 @@ def threshold(
     q: float = 0.995,  # share of an image's pixels that are not cut
     bound: float = 1.0,  # images live in [-bound, bound]
 ):  # the same signature; ValueError unless q is a share
-    "Dynamic thresholding: cut each image at its own quantile, then scale it back into range (Saharia et al. 2022, Imagen, section 2.3)."
-    if not 0 < q <= 1: raise ValueError(f"q is the share of pixels that are kept, in (0, 1], not {q}")
+    """Dynamic thresholding: cut each image at its own quantile, then scale it back into
+    range (Saharia et al. 2022, Imagen, section 2.3)."""
+    if not 0 < q <= 1:
+        raise ValueError(f"q is the share of pixels that are kept, in (0, 1], not {q}")
+
     def limited(x, t, *args, **kw):
         x0_hat = denoise(x, t, *args, **kw)
-        s = _by(x0_hat.abs().reshape(len(x0_hat), -1).float().quantile(q, dim=1).clamp(min=bound), x0_hat)
+        s = _by(
+            x0_hat.abs()
+            .reshape(len(x0_hat), -1)
+            .float()
+            .quantile(q, dim=1)
+            .clamp(min=bound),
+            x0_hat,
+        )
         return x0_hat.clamp(-s, s) * (bound / s)
+
     return limited

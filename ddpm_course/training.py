@@ -17,8 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .checkpoint import (CheckpointError, check_writable, checkpoints, fit_weights, load_weights, newest_whole, read_json, read_state,
-                                    stop_on_signal, write_checkpoint, write_json)
+from ddpm_course.checkpoint import (
+    CheckpointError,
+    check_writable,
+    checkpoints,
+    fit_weights,
+    load_weights,
+    newest_whole,
+    read_json,
+    read_state,
+    stop_on_signal,
+    write_checkpoint,
+    write_json,
+)
 from .core import choose
 from .ema import EMA
 from .guidance import drop_labels
@@ -31,19 +42,41 @@ from .settings import PRECISIONS, Settings, fastest, precisions, timings
 class TrainingDiverged(ArithmeticError):
     "The loss or its gradient became NaN or infinite."
 
+
 class _Equipped(Sampler):
     "A model with all that a training step needs."
+
     def _set_up(self, settings):
-        self.settings, layout = settings, torch.channels_last if settings.channels_last else torch.contiguous_format
-        for model in (self.model, self.ema_model): model.net.to(memory_format=layout)
-        if settings.compile: self.model.net.compile()  # the network, not the Denoiser; names of weights stay
-        self.opt = torch.optim.AdamW(self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=self.device.type != "mps")
-        self.sched = torch.optim.lr_scheduler.OneCycleLR(self.opt, settings.lr, total_steps=settings.total_steps + 1)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16" and self.device.type == "cuda")
+        self.settings, layout = settings, (
+            torch.channels_last if settings.channels_last else torch.contiguous_format
+        )
+        for model in (self.model, self.ema_model):
+            model.net.to(memory_format=layout)
+        if settings.compile:
+            # the network, not the Denoiser; names of weights stay
+            self.model.net.compile()
+        self.opt = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            fused=self.device.type != "mps",
+        )
+        self.sched = torch.optim.lr_scheduler.OneCycleLR(
+            self.opt, settings.lr, total_steps=settings.total_steps + 1
+        )
+        self.scaler = torch.amp.GradScaler(
+            self.device.type,
+            enabled=settings.precision == "float16" and self.device.type == "cuda",
+        )
         self.ema, self.history, self.warned = EMA(settings.ema_beta), [], False
         self.step = self.epoch = self.batch = self.pending = self.seen = 0
-        self.diverged = torch.full((), -1, device=self.device)  # first step with a bad number; read by check_finite only
-        self.loss_sum = torch.zeros((), dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
+        # first step with a bad number; read by check_finite only
+        self.diverged = torch.full((), -1, device=self.device)
+        self.loss_sum = torch.zeros(
+            (),
+            dtype=torch.float32 if self.device.type == "mps" else torch.float64,
+            device=self.device,
+        )
         return self
 
     def autocast(self):
@@ -53,176 +86,354 @@ class _Equipped(Sampler):
 # %% ../nbs/08_training.ipynb #fdc9dc9e
 class _Stepper(_Equipped):
     "One training step."
-    def train_step(self, x: Tensor, y: Tensor | None = None, eps: Tensor | None = None) -> Tensor:  # (B,) losses, detached
-        "Forward, backward, and after every `accumulate` batches one optimizer step; the noise is drawn where none is given."
-        if y is not None: y = drop_labels(y, self.p_uncond, self.null, self.generator)
+
+    def train_step(
+        self, x: Tensor, y: Tensor | None = None, eps: Tensor | None = None
+    ) -> Tensor:  # (B,) losses, detached
+        """Forward, backward, and after every `accumulate` batches one optimizer step;
+        the noise is drawn where none is given."""
+        if y is not None:
+            y = drop_labels(y, self.p_uncond, self.null, self.generator)
         self.model.train()
-        with self.autocast(): losses = self.model.loss(x, y, eps=eps, generator=self.generator)
+        with self.autocast():
+            losses = self.model.loss(x, y, eps=eps, generator=self.generator)
         self.scaler.scale(losses.mean() / self.settings.accumulate).backward()
         losses = losses.detach()
         self._flag_unless(losses.isfinite().all())
-        self.batch, self.pending = self.batch + 1, (self.pending + 1) % self.settings.accumulate
-        if self.pending == 0: self.optimizer_step()
+        self.batch, self.pending = (
+            self.batch + 1,
+            (self.pending + 1) % self.settings.accumulate,
+        )
+        if self.pending == 0:
+            self.optimizer_step()
         return losses
 
     def optimizer_step(self):
         self.scaler.unscale_(self.opt)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         scaling, scale = self.scaler.is_enabled(), self.scaler.get_scale()
-        if not scaling: self._flag_unless(norm.isfinite())  # a scaler deals with overflow itself
-        self.scaler.step(self.opt); self.scaler.update()
+        if not scaling:
+            self._flag_unless(norm.isfinite())  # a scaler deals with overflow itself
+        self.scaler.step(self.opt)
+        self.scaler.update()
         self.opt.zero_grad()
-        if scaling and (now := self.scaler.get_scale()) < scale:  # overflow: this step did not happen
-            if now < 1: self._flag_unless(torch.zeros((), dtype=torch.bool, device=self.device))  # and none will
+        # overflow: this step did not happen
+        if scaling and (now := self.scaler.get_scale()) < scale:
+            if now < 1:
+                self._flag_unless(
+                    torch.zeros((), dtype=torch.bool, device=self.device)
+                )  # and none will
             return
         self.sched.step()
         self.ema.step_ema(self.ema_model, self.model, self.settings.ema_start)
         self.step += 1
 
     def _flag_unless(self, fine):  # a bool on the device: nobody waits for it
-        self.diverged = torch.where((self.diverged < 0) & ~fine, self.step, self.diverged)
+        self.diverged = torch.where(
+            (self.diverged < 0) & ~fine, self.step, self.diverged
+        )
 
-    def check_finite(self):  # the only place that waits for the device; TrainingDiverged
+    # the only place that waits for the device; TrainingDiverged
+    def check_finite(self):
         if (step := int(self.diverged)) >= 0:
-            raise TrainingDiverged(f"the loss or its gradient became NaN or infinite at step {step} (learning rate {self.sched.get_last_lr()[0]:.2g}); "
-                                   "lower lr, or use precision='float32'; the last checkpoint is from before")
+            raise TrainingDiverged(
+                f"the loss or its gradient became NaN or infinite at step {step}"
+                f" (learning rate {self.sched.get_last_lr()[0]:.2g}); lower lr, or use"
+                " precision='float32'; the last checkpoint is from before"
+            )
 
 # %% ../nbs/08_training.ipynb #90c2efcf
 class _Epochs(_Stepper):
     "Passes over the data."
-    def one_epoch(self, train: bool = True, on_batch=None) -> float:  # mean loss over the examples
-        "One pass over the training data (from where the last one stopped), or over the validation data."
-        if not train: return self._validate()
+
+    # mean loss over the examples
+    def one_epoch(self, train: bool = True, on_batch=None) -> float:
+        """One pass over the training data (from where the last one stopped), or over
+        the validation data."""
+        if not train:
+            return self._validate()
         for batch in batches_from(self.dls.train, self.epoch, self.batch):
             losses = self.train_step(*self._moved(*batch))
-            self.loss_sum += losses.sum(); self.seen += len(losses)
-            if on_batch and on_batch() or self.step >= self.settings.total_steps: break
+            self.loss_sum += losses.sum()
+            self.seen += len(losses)
+            if on_batch and on_batch() or self.step >= self.settings.total_steps:
+                break
         mean = float(self.loss_sum) / max(self.seen, 1)
-        if self.batch >= len(self.dls.train): self.epoch, self.batch, self.seen = self.epoch + 1, 0, 0; self.loss_sum.zero_()
+        if self.batch >= len(self.dls.train):
+            self.epoch, self.batch, self.seen = self.epoch + 1, 0, 0
+            self.loss_sum.zero_()
         return mean
 
     @torch.no_grad()
-    def _validate(self):  # with the averaged weights, and with the same times and noise every time
-        total, n, generator = torch.zeros_like(self.loss_sum), 0, torch.Generator(self.device).manual_seed(self.seed)
+    # with the averaged weights, and with the same times and noise every time
+    def _validate(self):
+        total, n, generator = (
+            torch.zeros_like(self.loss_sum),
+            0,
+            torch.Generator(self.device).manual_seed(self.seed),
+        )
         for batch in batches_from(self.dls.valid):
             x, y, *eps = self._moved(*batch)
-            with self.autocast(): losses = self.ema_model.loss(x, y, None, *eps, generator=generator)
+            with self.autocast():
+                losses = self.ema_model.loss(x, y, None, *eps, generator=generator)
             total, n = total + losses.sum(), n + len(losses)
         return float(total) / max(n, 1)
 
-    def _moved(self, x, y, *eps):  # a batch on the device; eps is there where the data brings its own noise
-        return x.to(self.device), y.to(self.device) if self.num_classes else None, *(e.to(self.device) for e in eps)
+    # a batch on the device; eps is there where the data brings its own noise
+    def _moved(self, x, y, *eps):
+        return (
+            x.to(self.device),
+            y.to(self.device) if self.num_classes else None,
+            *(e.to(self.device) for e in eps),
+        )
 
 # %% ../nbs/08_training.ipynb #c57f5e47
 class _Trainer(_Epochs):
     "Training for epochs or minutes."
+
     def prepare(
         self,
-        dls,  # .train and .valid yield (x (B,C,H,W) in [-1, 1], y (B,)); see data.get_dls
+        # .train and .valid yield (x (B,C,H,W) in [-1, 1], y (B,)); see data.get_dls
+        dls,
         epochs: float | None = None,  # passes over the training data; or
-        minutes: float | None = None,  # time to train, from which the number of steps is worked out
+        # time to train, from which the number of steps is worked out
+        minutes: float | None = None,
         **settings,  # see Settings
-    ):  # ValueError: no length or two, unknown settings, images or labels that do not fit the model
+        # ValueError: no length or two, unknown settings, images or labels that do not
+        # fit the model
+    ):
         "Set up optimizer, schedule and precision for a new training."
-        for name in settings: choose(name, Settings.__dataclass_fields__, "setting")
-        settings, length = Settings(**settings), [n for n in (epochs, minutes) if n is not None]
-        if len(length) != 1 and not settings.total_steps: raise ValueError("say how long to train: epochs or minutes, one of them")
-        if not all(0 < n < math.inf for n in length): raise ValueError(f"{'minutes' if epochs is None else 'epochs'} must be more than 0 and finite, not {length[0]}")
+        for name in settings:
+            choose(name, Settings.__dataclass_fields__, "setting")
+        settings, length = Settings(**settings), [
+            n for n in (epochs, minutes) if n is not None
+        ]
+        if len(length) != 1 and not settings.total_steps:
+            raise ValueError("say how long to train: epochs or minutes, one of them")
+        if not all(0 < n < math.inf for n in length):
+            raise ValueError(
+                f"{'minutes' if epochs is None else 'epochs'} must be more than 0 and"
+                f" finite, not {length[0]}"
+            )
         self.dls = check_data(self, dls)
-        if hasattr(dls, "to"): dls.to(self.device)
+        if hasattr(dls, "to"):
+            dls.to(self.device)
         settings = fastest(settings, self.device, self._trial)
-        if not settings.total_steps: settings = dataclasses.replace(settings, total_steps=self._total_steps(epochs, minutes, settings))
+        if not settings.total_steps:
+            settings = dataclasses.replace(
+                settings, total_steps=self._total_steps(epochs, minutes, settings)
+            )
         return self._set_up(settings)
 
     def _total_steps(self, epochs, minutes, settings):
-        a_pass = len(self.dls.train) / settings.accumulate  # optimizer steps in an epoch, not always a whole number
-        if epochs is not None: return max(round(epochs * a_pass), 1)
-        a_step = statistics.mean(timings(self._trial(settings), 50, seconds=minutes)) * settings.accumulate  # a sixtieth of the time; the mean, since what is slow now and then counts too
-        check = timings(self._trial(settings, train=False), 5)[2] * len(self.dls.valid) if self.dls.valid else 0
-        checks = math.ceil(60 * minutes / (a_step * a_pass + check)) * check  # after each pass, and at the end
+        # optimizer steps in an epoch, not always a whole number
+        a_pass = len(self.dls.train) / settings.accumulate
+        if epochs is not None:
+            return max(round(epochs * a_pass), 1)
+        a_step = (
+            statistics.mean(timings(self._trial(settings), 50, seconds=minutes))
+            * settings.accumulate
+            # a sixtieth of the time; the mean, since what is slow now and then counts
+            # too
+        )
+        check = (
+            timings(self._trial(settings, train=False), 5)[2] * len(self.dls.valid)
+            if self.dls.valid
+            else 0
+        )
+        # after each pass, and at the end
+        checks = math.ceil(60 * minutes / (a_step * a_pass + check)) * check
         return max(int((60 * minutes - checks) / a_step), 1)
 
-    def _trial(self, settings, train=True):  # one step of a copy, for timing: nothing of this model is touched
-        batches = itertools.chain.from_iterable(batches_from(self.dls.train) for _ in itertools.count())
+    # one step of a copy, for timing: nothing of this model is touched
+    def _trial(self, settings, train=True):
+        batches = itertools.chain.from_iterable(
+            batches_from(self.dls.train) for _ in itertools.count()
+        )
         x, y, *eps = self._moved(*next(batches))
         trial = copy.copy(self)
-        trial.model, trial.ema_model = copy.deepcopy(self.model), copy.deepcopy(self.ema_model)
+        trial.model, trial.ema_model = copy.deepcopy(self.model), copy.deepcopy(
+            self.ema_model
+        )
         trial.generator = torch.Generator(self.device).manual_seed(0)
-        trial._set_up(dataclasses.replace(settings, total_steps=10_000, accumulate=1, compile=False))
+        trial._set_up(
+            dataclasses.replace(
+                settings, total_steps=10_000, accumulate=1, compile=False
+            )
+        )
+
         def check():
-            with torch.no_grad(), trial.autocast(): trial.ema_model.loss(x, y, None, *eps, generator=trial.generator)
-        return (lambda: trial.train_step(*trial._moved(*next(batches)))) if train else check
+            with torch.no_grad(), trial.autocast():
+                trial.ema_model.loss(x, y, None, *eps, generator=trial.generator)
+
+        return (
+            (lambda: trial.train_step(*trial._moved(*next(batches))))
+            if train
+            else check
+        )
 
 # %% ../nbs/08_training.ipynb #f74bc40f
 class _Run(_Trainer):
     "A training that is kept in a folder."
-    load = classmethod(read_model)  # load(run_folder): from a folder to a model that samples
+
+    # load(run_folder): from a folder to a model that samples
+    load = classmethod(read_model)
 
     def save_model(self, run=None, last: bool = True):  # the checkpoint's folder
-        "Write a checkpoint; a full disk stops training only if this is the last one to be written."
+        """Write a checkpoint; a full disk stops training only if this is the last one
+        to be written."""
         run, self.saved = run or getattr(self, "run", None), time.monotonic()
-        if run is None: return None
+        if run is None:
+            return None
         self.check_finite()
-        try: path = write_checkpoint(run, self.step, dict(model=self.model.state_dict(), ema=self.ema_model.state_dict()), self._state())
+        try:
+            path = write_checkpoint(
+                run,
+                self.step,
+                dict(model=self.model.state_dict(), ema=self.ema_model.state_dict()),
+                self._state(),
+            )
         except CheckpointError as e:
-            if last: raise
-            with contextlib.suppress(OSError):  # what is printed may go to the same full disk
-                if not self.warned: print(f"warning: {e}; training goes on")
+            if last:
+                raise
+            # what is printed may go to the same full disk
+            with contextlib.suppress(OSError):
+                if not self.warned:
+                    print(f"warning: {e}; training goes on")
             self.warned = True
             return None
         self.warned = False
         return path
 
     def _state(self):  # all that decides the future, besides the weights
-        return dict(step=self.step, epoch=self.epoch, batch=self.batch, pending=self.pending, seen=self.seen, loss_sum=float(self.loss_sum),
-                    history=self.history, opt=self.opt.state_dict(), sched=self.sched.state_dict(), scaler=self.scaler.state_dict(),
-                    ema=self.ema.state_dict(), grads=[p.grad for p in self.model.parameters()] if self.pending else [],
-                    generator=self.generator.get_state(), cpu_rng=torch.get_rng_state(), device=self.device.type,
-                    settings=dataclasses.asdict(self.settings))
+        return dict(
+            step=self.step,
+            epoch=self.epoch,
+            batch=self.batch,
+            pending=self.pending,
+            seen=self.seen,
+            loss_sum=float(self.loss_sum),
+            history=self.history,
+            opt=self.opt.state_dict(),
+            sched=self.sched.state_dict(),
+            scaler=self.scaler.state_dict(),
+            ema=self.ema.state_dict(),
+            grads=[p.grad for p in self.model.parameters()] if self.pending else [],
+            generator=self.generator.get_state(),
+            cpu_rng=torch.get_rng_state(),
+            device=self.device.type,
+            settings=dataclasses.asdict(self.settings),
+        )
 
-    def _open_run(self):  # everything that can go wrong with the folder goes wrong here, before training
-        size = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
+    # everything that can go wrong with the folder goes wrong here, before training
+    def _open_run(self):
+        size = sum(
+            t.numel() * t.element_size() for t in self.model.state_dict().values()
+        )
         check_writable(self.run, 4 * size)
-        write_json(self.run / "config.json", dict(format=1, version=__version__, model=self.config, training=dataclasses.asdict(self.settings),
-                                                  data=self._data_config()))
+        write_json(
+            self.run / "config.json",
+            dict(
+                format=1,
+                version=__version__,
+                model=self.config,
+                training=dataclasses.asdict(self.settings),
+                data=self._data_config(),
+            ),
+        )
 
-    def _data_config(self): return dict(name=str(getattr(self.dls, "name", "")), batches=len(self.dls.train), batch_size=getattr(self.dls.train, "batch_size", None))
+    def _data_config(self):
+        return dict(
+            name=str(getattr(self.dls, "name", "")),
+            batches=len(self.dls.train),
+            batch_size=getattr(self.dls.train, "batch_size", None),
+        )
 
 # %% ../nbs/08_training.ipynb #3a92d2a5
 class _Resumed(_Run):
     "A training that goes on."
+
     def _resume(self, run, dls):
         path, config = newest_whole(run), read_json(Path(run, "config.json"))
-        if not {"model", "data"} <= config.keys(): raise CheckpointError(f"{Path(run, 'config.json')} is damaged: expected 'model' and 'data'")
+        if not {"model", "data"} <= config.keys():
+            raise CheckpointError(
+                f"{Path(run, 'config.json')} is damaged: expected 'model' and 'data'"
+            )
         self.dls = check_data(self, dls)
-        if config["model"] != self.config: raise CheckpointError(f"{Path(run, 'config.json')} describes another model: " + ", ".join(
-            f"{k} is {config['model'].get(k)!r} there, {v!r} here" for k, v in self.config.items() if config["model"].get(k) != v))
-        if self._data_config() != config["data"]: raise ValueError(f"{run} was trained on other data: {config['data']} then, {self._data_config()} now")
-        load_weights(self.model, path, "model"); load_weights(self.ema_model, path, "ema")
-        if hasattr(dls, "to"): dls.to(self.device)
+        if config["model"] != self.config:
+            raise CheckpointError(
+                f"{Path(run, 'config.json')} describes another model: "
+                + ", ".join(
+                    f"{k} is {config['model'].get(k)!r} there, {v!r} here"
+                    for k, v in self.config.items()
+                    if config["model"].get(k) != v
+                )
+            )
+        if self._data_config() != config["data"]:
+            raise ValueError(
+                f"{run} was trained on other data: {config['data']} then,"
+                f" {self._data_config()} now"
+            )
+        load_weights(self.model, path, "model")
+        load_weights(self.ema_model, path, "ema")
+        if hasattr(dls, "to"):
+            dls.to(self.device)
         self._restore(read_state(path))
 
     def _restore(self, state):
-        settings, same_device = Settings(**state["settings"]), state["device"] == self.device.type
-        if self.device.type == "cuda": same_device &= settings.precision in ("float32", *precisions(self.device))  # another kind of GPU
-        if not same_device: settings = fastest(dataclasses.replace(settings, precision="auto", channels_last=None), self.device, self._trial)
+        settings, same_device = (
+            Settings(**state["settings"]),
+            state["device"] == self.device.type,
+        )
+        if self.device.type == "cuda":
+            same_device &= settings.precision in (
+                "float32",
+                *precisions(self.device),
+            )  # another kind of GPU
+        if not same_device:
+            settings = fastest(
+                dataclasses.replace(settings, precision="auto", channels_last=None),
+                self.device,
+                self._trial,
+            )
         self._set_up(settings)
-        for name in ("opt", "sched", "ema", "scaler")[: 4 if same_device else 3]: getattr(self, name).load_state_dict(state[name])
-        for name in ("step", "epoch", "batch", "pending", "seen", "history"): setattr(self, name, state[name])
+        for name in ("opt", "sched", "ema", "scaler")[: 4 if same_device else 3]:
+            getattr(self, name).load_state_dict(state[name])
+        for name in ("step", "epoch", "batch", "pending", "seen", "history"):
+            setattr(self, name, state[name])
         self.loss_sum += state["loss_sum"]
         torch.set_rng_state(state["cpu_rng"])
-        if same_device: self.generator.set_state(state["generator"])
-        else: self.generator.manual_seed(self.seed + self.step); print(f"was on another device ({state['device']}), goes on on {self.device.type}: not bit for bit")
-        for p, g in zip(self.model.parameters(), state["grads"]): p.grad = None if g is None else g.to(p)
+        if same_device:
+            self.generator.set_state(state["generator"])
+        else:
+            self.generator.manual_seed(self.seed + self.step)
+            print(
+                f"was on another device ({state['device']}), goes on on"
+                f" {self.device.type}: not bit for bit"
+            )
+        for p, g in zip(self.model.parameters(), state["grads"]):
+            p.grad = None if g is None else g.to(p)
 
 # %% ../nbs/08_training.ipynb #f17afbc1
 class _Loop(_Resumed):
     "The outer loop: epochs until the steps are done or somebody asks to stop."
+
     def _loop(self, progress):
         from tqdm.auto import tqdm
+
         total = self.settings.total_steps
-        with stop_on_signal() as asked, tqdm(total=total, initial=self.step, unit="step", disable=not progress, mininterval=1) as bar:
+        with (
+            stop_on_signal() as asked,
+            tqdm(
+                total=total,
+                initial=self.step,
+                unit="step",
+                disable=not progress,
+                mininterval=1,
+            ) as bar,
+        ):
             last = time.monotonic()
+
             def on_batch():
                 nonlocal last
                 now = time.monotonic()
@@ -230,77 +441,145 @@ class _Loop(_Resumed):
                     last = now
                     bar.update(self.step - bar.n)
                     self.check_finite()
-                    bar.set_postfix(loss=f"{float(self.loss_sum) / max(self.seen, 1):.4f}", lr=f"{self.sched.get_last_lr()[0]:.1e}")
-                if now - self.saved > self.save_every and self.step < total: self.save_model(last=False)
+                    bar.set_postfix(
+                        loss=f"{float(self.loss_sum) / max(self.seen, 1):.4f}",
+                        lr=f"{self.sched.get_last_lr()[0]:.1e}",
+                    )
+                if now - self.saved > self.save_every and self.step < total:
+                    self.save_model(last=False)
                 return asked.is_set()
+
             while self.step < total and not asked.is_set():
                 mean = self.one_epoch(on_batch=on_batch)
                 self.check_finite()
                 bar.update(self.step - bar.n)
-                if self.batch == 0 or self.step >= total: self._end_of_epoch(mean)
+                if self.batch == 0 or self.step >= total:
+                    self._end_of_epoch(mean)
         if asked.is_set():
             self.save_model()
-            raise KeyboardInterrupt(f"stopped at step {self.step} of {total}" + (f", saved to {self.run}" if self.run else ""))
+            raise KeyboardInterrupt(
+                f"stopped at step {self.step} of {total}"
+                + (f", saved to {self.run}" if self.run else "")
+            )
 
     def _end_of_epoch(self, mean):
         logs = dict(epoch=self.epoch, loss=mean, lr=self.sched.get_last_lr()[0])
-        if self.dls.valid: logs["valid_loss"] = self.one_epoch(train=False)
+        if self.dls.valid:
+            logs["valid_loss"] = self.one_epoch(train=False)
         self.history.append(dict(step=self.step, **logs))
         last = self.step >= self.settings.total_steps
         path = self.save_model(last=last)
         files = {"checkpoint": path} if path and last else None
-        due = last or time.monotonic() - getattr(self, "pictured", -math.inf) > 30  # short epochs: not a picture after each
+        # short epochs: not a picture after each
+        due = last or time.monotonic() - getattr(self, "pictured", -math.inf) > 30
         images = self.log_images() if self.loggers and due else {}
-        if images: self.pictured = time.monotonic()
-        for log in self.loggers: log(self.step, logs, images, files)
+        if images:
+            self.pictured = time.monotonic()
+        for log in self.loggers:
+            log(self.step, logs, images, files)
 
-    def log_images(self) -> dict:  # name -> (N,C,H,W): one sample per class, from the weights of the moment and from their average
+    # name -> (N,C,H,W): one sample per class, from the weights of the moment and from
+    # their average
+    def log_images(self) -> dict:
         labels = list(range(self.num_classes)) or None
-        return {k: self.sample(labels, n=None if labels else 8, use_ema=k == "ema", cfg_scale=2.0 if labels else 1.0,
-                               n_steps=min(20, int(self.process.t_max)) if self.process.t_max > 1 else 20, seed=self.seed).cpu() for k in ("raw", "ema")}
+        return {
+            k: (
+                self.sample(
+                    labels,
+                    n=None if labels else 8,
+                    use_ema=k == "ema",
+                    cfg_scale=2.0 if labels else 1.0,
+                    n_steps=(
+                        min(20, int(self.process.t_max))
+                        if self.process.t_max > 1
+                        else 20
+                    ),
+                    seed=self.seed,
+                ).cpu()
+            )
+            for k in ("raw", "ema")
+        }
 
 # %% ../nbs/08_training.ipynb #45a9fb90
 class Diffusion(_Loop):
-    "A diffusion model: train it with fit, keep it in a run folder, load it, sample from it."
+    """A diffusion model: train it with fit, keep it in a run folder, load it, sample
+    from it."""
+
     def fit(
         self,
         dls=None,  # data; None: what prepare was given
         epochs: float | None = None,  # how long to train: passes over the data, or
         minutes: float | None = None,  # minutes
-        run=None,  # folder for config, checkpoints, log and pictures; None keeps nothing
-        resume: bool = False,  # go on where the run in that folder stopped, with its length and its settings; start if there is none
-        loggers=None,  # callables log(step, scalars, images, files); None: see loggers.default_loggers
-        wandb: bool | None = None,  # True: log to W&B too (offline without a login); None: only when logged in
+        # folder for config, checkpoints, log and pictures; None keeps nothing
+        run=None,
+        # go on where the run in that folder stopped, with its length and its settings;
+        # start if there is none
+        resume: bool = False,
+        # callables log(step, scalars, images, files); None: see loggers.default_loggers
+        loggers=None,
+        # True: log to W&B too (offline without a login); None: only when logged in
+        wandb: bool | None = None,
         save_every: float = 60.0,  # seconds between checkpoints
         progress: bool = True,  # show a bar
         **settings,  # see Settings
     ):
         "Train; Ctrl-C saves and leaves."
-        if dls is None and not hasattr(self, "settings"): raise ValueError("nothing to train on: fit needs data, such as get_dls('digits')")
+        if dls is None and not hasattr(self, "settings"):
+            raise ValueError(
+                "nothing to train on: fit needs data, such as get_dls('digits')"
+            )
         again = run is not None and bool(checkpoints(run))
-        if again and not resume: raise ValueError(f"{run} already holds a run: resume=True (--resume) goes on with it; or choose another folder")
+        if again and not resume:
+            raise ValueError(
+                f"{run} already holds a run: resume=True (--resume) goes on with it; or"
+                " choose another folder"
+            )
         if again:
             self._resume(run, dls if dls is not None else self.dls)
-            if progress: print(f"{run} goes on at step {self.step} of {self.settings.total_steps}, with the length and the settings that it started with")
+            if progress:
+                print(
+                    f"{run} goes on at step {self.step} of {self.settings.total_steps},"
+                    " with the length and the settings that it started with"
+                )
         elif dls is not None or epochs is not None or minutes is not None or settings:
-            self.prepare(dls if dls is not None else self.dls, epochs, minutes, **settings)
-        self.run, self.save_every, self.saved = run and Path(run), save_every, time.monotonic()
-        if run is not None: self._open_run()
+            self.prepare(
+                dls if dls is not None else self.dls, epochs, minutes, **settings
+            )
+        self.run, self.save_every, self.saved = (
+            run and Path(run),
+            save_every,
+            time.monotonic(),
+        )
+        if run is not None:
+            self._open_run()
         own = loggers is None
-        self.loggers = default_loggers(run, self.config, wandb, self.step) if own else list(loggers)
-        try: self._loop(progress)
+        self.loggers = (
+            default_loggers(run, self.config, wandb, self.step)
+            if own
+            else list(loggers)
+        )
+        try:
+            self._loop(progress)
         finally:
-            if own: [log.close() for log in self.loggers]
+            if own:
+                [log.close() for log in self.loggers]
         return self
 
 # %% ../nbs/08_training.ipynb #c57c1a0b
 def load_pretrained(
     name: str,  # 'digits', 'shapes', 'mnist', ...: see pretrained.manifest()
     device=None,  # 'cuda', 'mps', 'cpu'; None: the best there is
-) -> Diffusion:  # ready to sample; ValueError for an unknown name, CheckpointError for a file with the wrong checksum
-    "A trained model that ships with the package (or is fetched once by URL), checked against its SHA-256."
+    # ready to sample; ValueError for an unknown name, CheckpointError for a file with
+    # the wrong checksum
+) -> Diffusion:
+    """A trained model that ships with the package (or is fetched once by URL), checked
+    against its SHA-256."""
     entry, weights = read_pretrained(name)
-    if "net" not in entry["config"]: raise ValueError(f"{name!r} reads images and draws none: see judge.classifier_for")
+    if "net" not in entry["config"]:
+        raise ValueError(
+            f"{name!r} reads images and draws none: see judge.classifier_for"
+        )
     diff = Diffusion.from_config(entry["config"], device)
-    for model in (diff.model, diff.ema_model): fit_weights(model, weights, f"the pretrained model {name!r}")
+    for model in (diff.model, diff.ema_model):
+        fit_weights(model, weights, f"the pretrained model {name!r}")
     return diff

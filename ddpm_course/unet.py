@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 # %% ../nbs/06_unet.ipynb #6609e25c
 class DoubleConv(nn.Module):
-    "Conv, norm, GELU, conv, norm; with `residual`, the input is added and GELU applied."
+    """Conv, norm, GELU, conv, norm; with `residual`, the input is added and GELU
+    applied."""
+
     def __init__(
         self,
         c_in: int,  # channels in
@@ -22,11 +24,18 @@ class DoubleConv(nn.Module):
         residual: bool = False,  # add the input: only where c_in == c_out
     ):  # ValueError for a residual block that changes its channels
         super().__init__()
-        if residual and c_in != c_out: raise ValueError(f"a residual block keeps its channels: {c_in} in, {c_out} out")
+        if residual and c_in != c_out:
+            raise ValueError(
+                f"a residual block keeps its channels: {c_in} in, {c_out} out"
+            )
         self.residual, c_mid = residual, c_mid or c_out
         self.net = nn.Sequential(
-            nn.Conv2d(c_in, c_mid, 3, padding=1, bias=False), nn.GroupNorm(1, c_mid), nn.GELU(),
-            nn.Conv2d(c_mid, c_out, 3, padding=1, bias=False), nn.GroupNorm(1, c_out))
+            nn.Conv2d(c_in, c_mid, 3, padding=1, bias=False),
+            nn.GroupNorm(1, c_mid),
+            nn.GELU(),
+            nn.Conv2d(c_mid, c_out, 3, padding=1, bias=False),
+            nn.GroupNorm(1, c_out),
+        )
 
     def forward(self, x: Tensor) -> Tensor:  # (B,c_in,H,W) -> (B,c_out,H,W)
         return F.gelu(x + self.net(x)) if self.residual else self.net(x)
@@ -35,32 +44,49 @@ class DoubleConv(nn.Module):
 def timestep_embedding(
     t: Tensor,  # (B,) clock values in 0..1000, whole or not
     dim: int = 256,  # length of the result; even
-    max_period: float = 10000.0,  # the slowest wave has period 2 pi * max_period (nearly)
+    # the slowest wave has period 2 pi * max_period (nearly)
+    max_period: float = 10000.0,
 ) -> Tensor:  # (B, dim) float32: sines, then cosines; ValueError for an odd dim
     "Sinusoidal embedding of the timestep (Vaswani et al. 2017, section 3.5)."
-    if dim % 2: raise ValueError(f"a timestep embedding has as many sines as cosines: dim is even, not {dim}")
+    if dim % 2:
+        raise ValueError(
+            f"a timestep embedding has as many sines as cosines: dim is even, not {dim}"
+        )
     freqs = max_period ** (-torch.arange(0, dim, 2, device=t.device) / dim)  # (dim/2,)
     angles = t.reshape(-1, 1).float() * freqs  # (B, dim/2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 # %% ../nbs/06_unet.ipynb #77c41ec5
 class SelfAttention(nn.Module):
-    "Every pixel looks at every pixel: x + attention(norm(x)), then x + mlp(norm(x)); any number of spatial dimensions."
+    """Every pixel looks at every pixel: x + attention(norm(x)), then x + mlp(norm(x));
+    any number of spatial dimensions."""
+
     def __init__(
         self,
         channels: int,  # in and out
         heads: int = 4,  # each has channels / heads of them
     ):  # ValueError if the channels do not divide into heads
         super().__init__()
-        if heads < 1 or channels % heads: raise ValueError(f"{channels} channels do not divide into {heads} heads")
+        if heads < 1 or channels % heads:
+            raise ValueError(f"{channels} channels do not divide into {heads} heads")
         self.heads, C = heads, channels
-        self.norm, self.qkv, self.out = nn.LayerNorm(C), nn.Linear(C, 3 * C), nn.Linear(C, C)
-        self.mlp = nn.Sequential(nn.LayerNorm(C), nn.Linear(C, C), nn.GELU(), nn.Linear(C, C))
+        self.norm, self.qkv, self.out = (
+            nn.LayerNorm(C),
+            nn.Linear(C, 3 * C),
+            nn.Linear(C, C),
+        )
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(C), nn.Linear(C, C), nn.GELU(), nn.Linear(C, C)
+        )
 
     def forward(self, x: Tensor) -> Tensor:  # (B,C,...) -> (B,C,...)
         tokens = x.flatten(2).mT  # (B,N,C), N = product of the sides
-        q, k, v = (p.unflatten(2, (self.heads, -1)).transpose(1, 2) for p in self.qkv(self.norm(tokens)).chunk(3, -1))
-        seen = F.scaled_dot_product_attention(q, k, v)  # (B,heads,N,C/heads); never forms the (N,N) weights
+        q, k, v = (
+            p.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for p in self.qkv(self.norm(tokens)).chunk(3, -1)
+        )
+        # (B,heads,N,C/heads); never forms the (N,N) weights
+        seen = F.scaled_dot_product_attention(q, k, v)
         tokens = tokens + self.out(seen.transpose(1, 2).flatten(2))
         tokens = tokens + self.mlp(tokens)
         return tokens.mT.reshape(x.shape)
@@ -73,22 +99,33 @@ def bcast_channels(
     "One value per example and channel, shaped so that it adds to `x` at every pixel."
     return v.reshape(*v.shape, *[1] * (x.ndim - 2))
 
-def _time_layer(time_dim, c_out): return nn.Sequential(nn.SiLU(), nn.Linear(time_dim, c_out))
+
+def _time_layer(time_dim, c_out):
+    return nn.Sequential(nn.SiLU(), nn.Linear(time_dim, c_out))
+
 
 class Down(nn.Module):
     "Halve the image, change the channels, add the time embedding."
+
     def __init__(self, c_in: int, c_out: int, time_dim: int = 256):
         super().__init__()
-        self.convs = nn.Sequential(nn.MaxPool2d(2), DoubleConv(c_in, c_in, residual=True), DoubleConv(c_in, c_out))
+        self.convs = nn.Sequential(
+            nn.MaxPool2d(2),
+            DoubleConv(c_in, c_in, residual=True),
+            DoubleConv(c_in, c_out),
+        )
         self.time = _time_layer(time_dim, c_out)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # (B,c_in,H,W), (B,time_dim) -> (B,c_out,H/2,W/2)
+    # (B,c_in,H,W), (B,time_dim) -> (B,c_out,H/2,W/2)
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         x = self.convs(x)
         return x + bcast_channels(self.time(emb), x)
 
 # %% ../nbs/06_unet.ipynb #b30c84cb
 class Up(nn.Module):
-    "Double the image, join the skip connection, change the channels, add the time embedding."
+    """Double the image, join the skip connection, change the channels, add the time
+    embedding."""
+
     def __init__(
         self,
         c_in: int,  # channels from below and from the skip together
@@ -97,10 +134,13 @@ class Up(nn.Module):
     ):
         super().__init__()
         self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
-        self.convs = nn.Sequential(DoubleConv(c_in, c_in, residual=True), DoubleConv(c_in, c_out, c_in // 2))
+        self.convs = nn.Sequential(
+            DoubleConv(c_in, c_in, residual=True), DoubleConv(c_in, c_out, c_in // 2)
+        )
         self.time = _time_layer(time_dim, c_out)
 
-    def forward(self, x: Tensor, skip: Tensor, emb: Tensor) -> Tensor:  # (B,_,H,W), (B,_,2H,2W) -> (B,c_out,2H,2W)
+    # (B,_,H,W), (B,_,2H,2W) -> (B,c_out,2H,2W)
+    def forward(self, x: Tensor, skip: Tensor, emb: Tensor) -> Tensor:
         x = self.convs(torch.cat([skip, self.up(x)], dim=1))
         return x + bcast_channels(self.time(emb), x)
 
@@ -110,47 +150,93 @@ def check_size(
     multiple: int,  # each side must be a multiple of this
 ):
     "Raise a ValueError that names the nearest sizes that work."
-    if all(side > 0 and side % multiple == 0 for side in size): return
-    near = [" x ".join(str(max(f(side / multiple), 1) * multiple) for side in size) for f in (math.floor, math.ceil)]
-    raise ValueError(f"image size {' x '.join(map(str, size))} does not fit this network, which needs sides that are "
-                     f"multiples of {multiple}: the nearest are {' and '.join(dict.fromkeys(near))}")
+    if all(side > 0 and side % multiple == 0 for side in size):
+        return
+    near = [
+        " x ".join(str(max(f(side / multiple), 1) * multiple) for side in size)
+        for f in (math.floor, math.ceil)
+    ]
+    raise ValueError(
+        f"image size {' x '.join(map(str, size))} does not fit this network, which"
+        f" needs sides that are multiples of {multiple}: the nearest are"
+        f" {' and '.join(dict.fromkeys(near))}"
+    )
 
 # %% ../nbs/06_unet.ipynb #919ffb42
 class UNet(nn.Module):
-    "Down, across, up, with skip connections and self-attention; the defaults are the course's source network (15,661,955 parameters)."
+    """Down, across, up, with skip connections and self-attention; the defaults are the
+    course's source network (15,661,955 parameters)."""
+
     def __init__(
         self,
         c_in: int = 3,  # channels of the images that come in
         c_out: int = 3,  # channels of the prediction
         time_dim: int = 256,  # length of the timestep embedding; even
-        widths: tuple = (64, 128, 256, 256),  # channels at full size, half, quarter, ...
-        attention: tuple | None = None,  # levels with attention, 0 is full size (on the way up only); None: all
+        # channels at full size, half, quarter, ...
+        widths: tuple = (64, 128, 256, 256),
+        # levels with attention, 0 is full size (on the way up only); None: all
+        attention: tuple | None = None,
         heads: int = 4,  # of each attention
         mid_blocks: int = 2,  # DoubleConvs at the bottom
-        patch: int = 1,  # pixels are gathered patch x patch into channels first: fewer, thicker pixels
-    ):  # ValueError: fewer than two widths, a level that does not exist, channels that do not divide into heads
+        # pixels are gathered patch x patch into channels first: fewer, thicker pixels
+        patch: int = 1,
+        # ValueError: fewer than two widths, a level that does not exist, channels that
+        # do not divide into heads
+    ):
         super().__init__()
         levels = range(len(widths))
         attention = list(levels if attention is None else attention)
-        if len(widths) < 2: raise ValueError(f"a UNet has at least two widths, not {len(widths)}: {widths}")
-        if not set(attention) <= set(levels): raise ValueError(f"attention at levels {attention}: {len(widths)} widths make levels 0..{levels[-1]}")
-        self.config = dict(c_in=c_in, c_out=c_out, time_dim=time_dim, widths=list(widths), attention=attention,
-                           heads=heads, mid_blocks=mid_blocks, patch=patch)
+        if len(widths) < 2:
+            raise ValueError(
+                f"a UNet has at least two widths, not {len(widths)}: {widths}"
+            )
+        if not set(attention) <= set(levels):
+            raise ValueError(
+                f"attention at levels {attention}: {len(widths)} widths make levels"
+                f" 0..{levels[-1]}"
+            )
+        self.config = dict(
+            c_in=c_in,
+            c_out=c_out,
+            time_dim=time_dim,
+            widths=list(widths),
+            attention=attention,
+            heads=heads,
+            mid_blocks=mid_blocks,
+            patch=patch,
+        )
         self.time_dim, self.multiple = time_dim, patch * 2 ** levels[-1]
-        outs = (widths[0], *widths[:-2])  # channels that each Up gives, from the top level
+        # channels that each Up gives, from the top level
+        outs = (widths[0], *widths[:-2])
         below = (*outs[1:], widths[-1])  # channels that come to it from below
-        def sa(level, c): return SelfAttention(c, heads) if level in attention else nn.Identity()
 
-        self.stem = nn.Sequential(nn.PixelUnshuffle(patch), DoubleConv(c_in * patch**2, widths[0]))
-        self.downs = nn.ModuleList(Down(a, b, time_dim) for a, b in zip(widths, widths[1:]))
+        def sa(level, c):
+            return SelfAttention(c, heads) if level in attention else nn.Identity()
+
+        self.stem = nn.Sequential(
+            nn.PixelUnshuffle(patch), DoubleConv(c_in * patch**2, widths[0])
+        )
+        self.downs = nn.ModuleList(
+            Down(a, b, time_dim) for a, b in zip(widths, widths[1:])
+        )
         self.downs_sa = nn.ModuleList(sa(i, widths[i]) for i in levels[1:])
-        self.mid = nn.Sequential(*[DoubleConv(widths[-1], widths[-1]) for _ in range(mid_blocks)])
-        self.ups = nn.ModuleList(Up(below[i] + widths[i], outs[i], time_dim) for i in reversed(levels[:-1]))
+        self.mid = nn.Sequential(
+            *[DoubleConv(widths[-1], widths[-1]) for _ in range(mid_blocks)]
+        )
+        self.ups = nn.ModuleList(
+            Up(below[i] + widths[i], outs[i], time_dim) for i in reversed(levels[:-1])
+        )
         self.ups_sa = nn.ModuleList(sa(i, outs[i]) for i in reversed(levels[:-1]))
-        self.out = nn.Sequential(nn.Conv2d(outs[0], c_out * patch**2, 1), nn.PixelShuffle(patch))
+        self.out = nn.Sequential(
+            nn.Conv2d(outs[0], c_out * patch**2, 1), nn.PixelShuffle(patch)
+        )
 
     def embed(self, t, cond):  # (B,) clock, None -> (B,time_dim)
-        if cond is not None: raise ValueError("this UNet was made without classes, so it takes no labels: UNet_conditional(num_classes=...) does")
+        if cond is not None:
+            raise ValueError(
+                "this UNet was made without classes, so it takes no labels:"
+                " UNet_conditional(num_classes=...) does"
+            )
         return timestep_embedding(t, self.time_dim)
 
     def forward(
@@ -158,29 +244,53 @@ class UNet(nn.Module):
         x: Tensor,  # (B,c_in,H,W)
         t: Tensor,  # (B,) clock values in 0..1000; (1,) for all
         cond: Tensor | None = None,  # labels (B,), for UNet_conditional
-    ) -> Tensor:  # (B,c_out,H,W); ValueError for another shape, for sides that do not halve evenly, for labels without classes
+        # (B,c_out,H,W); ValueError for another shape, for sides that do not halve
+        # evenly, for labels without classes
+    ) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.config["c_in"]:
-            raise ValueError(f"this UNet takes images (B,{self.config['c_in']},H,W), not {tuple(x.shape)}")
+            raise ValueError(
+                f"this UNet takes images (B,{self.config['c_in']},H,W), not"
+                f" {tuple(x.shape)}"
+            )
         check_size(x.shape[2:], self.multiple)
         emb, x = self.embed(t, cond).to(x.dtype), self.stem(x)
         skips = [x]
-        for down, sa in zip(self.downs, self.downs_sa): skips.append(sa(down(skips[-1], emb)))
+        for down, sa in zip(self.downs, self.downs_sa):
+            skips.append(sa(down(skips[-1], emb)))
         x = self.mid(skips.pop())
-        for up, sa in zip(self.ups, self.ups_sa): x = sa(up(x, skips.pop(), emb))
+        for up, sa in zip(self.ups, self.ups_sa):
+            x = sa(up(x, skips.pop(), emb))
         return self.out(x)
 
 # %% ../nbs/06_unet.ipynb #f2552bd0
 def check_labels(
-    y: Tensor,  # (B,) whole numbers; only labels on the CPU are looked at, to keep a GPU from waiting
+    # (B,) whole numbers; only labels on the CPU are looked at, to keep a GPU from
+    # waiting
+    y: Tensor,
     num_classes: int,  # labels are 0..num_classes - 1, and num_classes is 'no label'
 ):
     "Raise a ValueError that says which labels there are."
-    if y.ndim == 1 and not y.is_floating_point() and (y.device.type != "cpu" or ((y >= 0) & (y <= num_classes)).all()): return
-    given = y.tolist() if y.numel() < 9 else f"{y.min()}..{y.max()} of shape {tuple(y.shape)}"
-    raise ValueError(f"labels are whole numbers 0..{num_classes - 1}, or {num_classes} for 'no label', one per image, not {given}")
+    if (
+        y.ndim == 1
+        and not y.is_floating_point()
+        and (y.device.type != "cpu" or ((y >= 0) & (y <= num_classes)).all())
+    ):
+        return
+    given = (
+        y.tolist()
+        if y.numel() < 9
+        else f"{y.min()}..{y.max()} of shape {tuple(y.shape)}"
+    )
+    raise ValueError(
+        f"labels are whole numbers 0..{num_classes - 1}, or {num_classes} for 'no"
+        f" label', one per image, not {given}"
+    )
+
 
 class UNet_conditional(UNet):
-    "A UNet that is told the class: a learned vector per label, and one for 'no label', is added to the timestep embedding."
+    """A UNet that is told the class: a learned vector per label, and one for 'no
+    label', is added to the timestep embedding."""
+
     def __init__(
         self,
         *args,  # as in UNet
@@ -189,10 +299,14 @@ class UNet_conditional(UNet):
     ):
         super().__init__(*args, **kw)
         self.num_classes = self.config["num_classes"] = num_classes
-        if num_classes is not None: self.label_emb = nn.Embedding(num_classes + 1, self.time_dim)  # last row: the null class
+        if num_classes is not None:
+            # last row: the null class
+            self.label_emb = nn.Embedding(num_classes + 1, self.time_dim)
 
     def embed(self, t, cond):  # (B,) clock, (B,) labels or None -> (B,time_dim)
-        if self.num_classes is None: return super().embed(t, cond)
-        if cond is None: cond = torch.full((1,), self.num_classes, device=t.device)
+        if self.num_classes is None:
+            return super().embed(t, cond)
+        if cond is None:
+            cond = torch.full((1,), self.num_classes, device=t.device)
         check_labels(cond, self.num_classes)
         return timestep_embedding(t, self.time_dim) + self.label_emb(cond)

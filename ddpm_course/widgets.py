@@ -21,8 +21,11 @@ from torch import Tensor
 
 from .core import example_generators, grid, show_images, to_float
 
+
 def png(
-    drawn,  # a figure, axes, images (N,C,H,W), PNG bytes, or None: the figure that pyplot has open
+    # a figure, axes, images (N,C,H,W), PNG bytes, or None: the figure that pyplot has
+    # open
+    drawn,
     scale: int = 4,  # every pixel of images becomes scale x scale
     dpi: int = 80,  # of figures
     cols: int = 8,  # images per row
@@ -30,80 +33,148 @@ def png(
 ) -> bytes:  # ValueError if there is nothing to see
     "What a function drew, as a small PNG file; an open figure is closed."
     from PIL import Image
-    if isinstance(drawn, bytes): return drawn
+
+    if isinstance(drawn, bytes):
+        return drawn
     if isinstance(drawn, Tensor):
-        image = Image.fromarray(grid(drawn, min(cols, len(drawn))).repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).numpy())
-    else: image = _figure(drawn, dpi)
+        image = Image.fromarray(
+            grid(drawn, min(cols, len(drawn)))
+            .repeat_interleave(scale, 1)
+            .repeat_interleave(scale, 2)
+            .permute(1, 2, 0)
+            .numpy()
+        )
+    else:
+        image = _figure(drawn, dpi)
     file = io.BytesIO()
     image.quantize(colours, dither=Image.Dither.NONE).save(file, "PNG")
     return file.getvalue()
+
 
 def _figure(drawn, dpi):
     import matplotlib.pyplot as plt
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
-    if drawn is None and not plt.get_fignums(): raise ValueError("the function drew nothing: let it end with a figure or with images")
+
+    if drawn is None and not plt.get_fignums():
+        raise ValueError(
+            "the function drew nothing: let it end with a figure or with images"
+        )
     figure = plt.gcf() if drawn is None else getattr(drawn, "figure", drawn)
     plt.close(figure)
     figure.dpi = dpi
-    canvas = FigureCanvasAgg(figure)  # `savefig` would draw twice where there is a layout
+    # `savefig` would draw twice where there is a layout
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    return Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+    return Image.frombuffer(
+        "RGBA", canvas.get_width_height(), canvas.buffer_rgba()
+    ).convert("RGB")
 
 # %% ../nbs/90_widgets.ipynb #6ba841f8
 _LEFT = {}  # name of a control -> settings that the learner left
 _FILES = {}  # name of a control -> the file that the learner gave it
 
+
 def shown(value) -> str:  # 0.30000000000000004 -> '0.3'
     "A value as a label."
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
+
 class Explore:
-    "A picture and a control for each of its settings: live where a kernel answers, drawn beforehand where none does."
+    """A picture and a control for each of its settings: live where a kernel answers,
+    drawn beforehand where none does."""
+
     def __init__(
         self,
         draw,  # draw(**settings) -> what `png` understands
-        name: str | None = None,  # under which the settings are kept when the cell is run again; None: the function's name
+        # under which the settings are kept when the cell is run again; None: the
+        # function's name
+        name: str | None = None,
         start: dict | None = None,  # settings at first; None: the first value of each
-        still: dict | None = None,  # fewer values for the face without a kernel: name -> list
+        # fewer values for the face without a kernel: name -> list
+        still: dict | None = None,
         play: bool = False,  # a button that lets the first setting run
-        click: tuple | None = None,  # (horizontal, vertical): settings that a click into the picture chooses
+        # (horizontal, vertical): settings that a click into the picture chooses
+        click: tuple | None = None,
         colours: int = 128,  # of each picture; fewer make it smaller
         panels: int = 1,  # equal parts side by side, for a click
-        take=None,  # take(bytes): draw from this file of the learner's from now on; its ValueError is shown to the learner
-        shares=None,  # shares(**settings) -> (alpha, sigma): without a kernel, the browser mixes the learner's picture and noise so
+        # take(bytes): draw from this file of the learner's from now on; its ValueError
+        # is shown to the learner
+        take=None,
+        # shares(**settings) -> (alpha, sigma): without a kernel, the browser mixes the
+        # learner's picture and noise so
+        shares=None,
         **settings,  # name -> values, a list or range
     ):  # ValueError for a setting without values, a start that is none of them
-        self.draw, self.play, self.click, self.colours, self.panels, self.shares, self.drawn = draw, play, click, colours, panels, shares, {}
+        (
+            self.draw,
+            self.play,
+            self.click,
+            self.colours,
+            self.panels,
+            self.shares,
+            self.drawn,
+        ) = (draw, play, click, colours, panels, shares, {})
         self.settings = {k: list(v) for k, v in settings.items()}
-        if not self.settings or not all(self.settings.values()): raise ValueError("give each setting its values, such as t=range(0, 1001, 50)")
-        if click and not all(isinstance(v, (int, float)) for k in click for v in self.settings.get(k, [""])): raise ValueError(f"a click chooses numbers, of two of the settings, not {click}")
-        self.name = name or f"{getattr(draw, '__name__', 'draw')}({', '.join(settings)})"
-        self.start = {k: v[0] for k, v in self.settings.items()} | (start or {}) | _LEFT.get(self.name, {})
+        if not self.settings or not all(self.settings.values()):
+            raise ValueError(
+                "give each setting its values, such as t=range(0, 1001, 50)"
+            )
+        if click and not all(
+            isinstance(v, (int, float))
+            for k in click
+            for v in self.settings.get(k, [""])
+        ):
+            raise ValueError(
+                f"a click chooses numbers, of two of the settings, not {click}"
+            )
+        self.name = (
+            name or f"{getattr(draw, '__name__', 'draw')}({', '.join(settings)})"
+        )
+        self.start = (
+            {k: v[0] for k, v in self.settings.items()}
+            | (start or {})
+            | _LEFT.get(self.name, {})
+        )
         for k, v in self.start.items():
             if v not in self.settings.get(k, []):
-                if k in (start or {}): raise ValueError(f"{k} cannot start at {v!r}: it is none of its values")
-                self.start[k] = self.settings[k][0]  # kept from a cell that has been edited since
-        self.still = {k: [x for x in (still or {}).get(k, v)] for k, v in self.settings.items()}
+                if k in (start or {}):
+                    raise ValueError(
+                        f"{k} cannot start at {v!r}: it is none of its values"
+                    )
+                # kept from a cell that has been edited since
+                self.start[k] = self.settings[k][0]
+        self.still = {
+            k: [x for x in (still or {}).get(k, v)] for k, v in self.settings.items()
+        }
         self._take = take
-        if take and self.name in _FILES: take(_FILES[self.name])
+        if take and self.name in _FILES:
+            take(_FILES[self.name])
 
     def picture(self, **settings) -> bytes:
         "The PNG for these settings; drawn once."
         key = tuple(settings[k] for k in self.settings)
-        if key not in self.drawn: self.drawn[key] = png(self.draw(**settings), colours=self.colours)
+        if key not in self.drawn:
+            self.drawn[key] = png(self.draw(**settings), colours=self.colours)
         return self.drawn[key]
 
-    def take(self, data: bytes):  # ValueError if it is of no use; then nothing has changed
+    # ValueError if it is of no use; then nothing has changed
+    def take(self, data: bytes):
         "From now on, draw from this file."
         self._take(data)
         self.drawn.clear()
         _FILES[self.name] = data
 
-    def pointed(self, across: float, down: float) -> dict:  # both in 0..1 of the whole picture -> name: value
+    # both in 0..1 of the whole picture -> name: value
+    def pointed(self, across: float, down: float) -> dict:
         "What a click chooses."
         at = dict(zip(self.click, (across * self.panels % 1, down)))
-        return {k: self.settings[k][min(int(share * len(self.settings[k])), len(self.settings[k]) - 1)] for k, share in at.items()}
+        return {
+            k: self.settings[k][
+                min(int(share * len(self.settings[k])), len(self.settings[k]) - 1)
+            ]
+            for k, share in at.items()
+        }
 
 # %% ../nbs/90_widgets.ipynb #d7baca05
 _MOVE = """const f=this.closest('figure'),d=f.data||(f.data=JSON.parse(f.querySelector('script').textContent)),c=[...f.querySelectorAll('[data-setting]')];
@@ -122,115 +193,235 @@ f.own=i=>{const[a,s]=d.shares[i];p.forEach((v,k)=>{if(k%4<3)x.data[k]=127.5+a*(v
 c.hidden=false;say.textContent='';f.own(f.want??d.first)},()=>{say.textContent='This file is not a picture that the browser can read.'})"""
 LIMIT = 1_000_000  # bytes of one control on a page
 
-def _control(k: str, values: list, at: int) -> str:  # a slider for numbers, a menu for words
+
+# a slider for numbers, a menu for words
+def _control(k: str, values: list, at: int) -> str:
     name, move = html.escape(k), html.escape(_MOVE)
     if any(isinstance(v, str) for v in values):
-        options = "".join(f'<option value="{i}"{" selected" * (i == at)}>{html.escape(shown(v))}</option>' for i, v in enumerate(values))
-        return f'<label style="margin-right:1em">{name} <select data-setting onchange="{move}">{options}</select></label>'
-    return (f'<label style="margin-right:1em">{name} <input type="range" data-setting min="0" max="{len(values) - 1}" step="1" value="{at}" '
-            f'aria-valuetext="{html.escape(shown(values[at]))}" data-lm-suppress-shortcuts="true" style="vertical-align:middle;min-height:24px" '
-            f'oninput="{move}"> <output>{html.escape(shown(values[at]))}</output></label>')
+        options = "".join(
+            "<option"
+            f' value="{i}"{" selected" * (i == at)}>{html.escape(shown(v))}</option>'
+            for i, v in enumerate(values)
+        )
+        return (
+            f'<label style="margin-right:1em">{name} <select data-setting'
+            f' onchange="{move}">{options}</select></label>'
+        )
+    return (
+        f'<label style="margin-right:1em">{name} <input type="range" data-setting'
+        f' min="0" max="{len(values) - 1}" step="1" value="{at}"'
+        f' aria-valuetext="{html.escape(shown(values[at]))}"'
+        ' data-lm-suppress-shortcuts="true"'
+        f' style="vertical-align:middle;min-height:24px" oninput="{move}">'
+        f" <output>{html.escape(shown(values[at]))}</output></label>"
+    )
+
 
 def still_html(
     e: Explore,
 ) -> str:  # a <figure> that needs nothing around it; ValueError above LIMIT bytes
     "The face without a kernel: all pictures drawn beforehand."
     names, values = list(e.still), list(e.still.values())
-    at = [min(range(len(v)), key=lambda i: v[i] != e.start[k] if isinstance(v[i], str) else abs(v[i] - e.start[k])) for k, v in e.still.items()]
-    pictures = [e.picture(**dict(zip(names, combination))) for combination in itertools.product(*values)]
+    at = [
+        min(
+            range(len(v)),
+            key=lambda i: (
+                v[i] != e.start[k] if isinstance(v[i], str) else abs(v[i] - e.start[k])
+            ),
+        )
+        for k, v in e.still.items()
+    ]
+    pictures = [
+        e.picture(**dict(zip(names, combination)))
+        for combination in itertools.product(*values)
+    ]
     frames = list(dict.fromkeys(pictures))
     index = {p: i for i, p in enumerate(frames)}
     first = 0
-    for v, i in zip(values, at): first = first * len(v) + i
+    for v, i in zip(values, at):
+        first = first * len(v) + i
     coded = [base64.b64encode(p).decode() for p in frames]
-    data = dict(names=names, values=[[shown(x) for x in v] for v in values], first=first, order=[index[p] for p in pictures], frames=coded)
-    if e.shares: data["shares"] = [[round(float(v), 5) for v in e.shares(**dict(zip(names, c)))] for c in itertools.product(*values)]
+    data = dict(
+        names=names,
+        values=[[shown(x) for x in v] for v in values],
+        first=first,
+        order=[index[p] for p in pictures],
+        frames=coded,
+    )
+    if e.shares:
+        data["shares"] = [
+            [round(float(v), 5) for v in e.shares(**dict(zip(names, c)))]
+            for c in itertools.product(*values)
+        ]
     data = json.dumps(data).replace("</", "<\\/")
-    if len(data) > LIMIT: raise ValueError(f"{e.name}: {len(frames)} pictures are {len(data) / 1e6:.1f} MB: give fewer values in still=")
-    said = html.escape(", ".join(f"{k} = {shown(v[i])}" for k, v, i in zip(names, values, at)))
+    if len(data) > LIMIT:
+        raise ValueError(
+            f"{e.name}: {len(frames)} pictures are {len(data) / 1e6:.1f} MB: give fewer"
+            " values in still="
+        )
+    said = html.escape(
+        ", ".join(f"{k} = {shown(v[i])}" for k, v, i in zip(names, values, at))
+    )
     controls = "".join(_control(k, v, i) for k, v, i in zip(names, values, at))
-    if e.play: controls += f'<button type="button" onclick="{html.escape(_PLAY)}">play</button>'
-    click = html.escape(_CLICK % (names.index(e.click[0]), e.panels, names.index(e.click[1]))) if e.click else ""
-    own = (f'<div><label>a picture of your own <input type="file" accept="image/*" onchange="{html.escape(_OWN)}"></label> <span role="status"></span></div>'
-           '<canvas width="64" height="64" hidden role="img" aria-label="your picture, noised" style="width:256px;image-rendering:pixelated"></canvas>') if e.shares else ""
-    return (f'<figure class="explore" style="margin:0"><div role="group" aria-label="{html.escape(e.name)}">{controls}</div>'
-            f'<img alt="{said}" src="data:image/png;base64,{coded[index[pictures[first]]]}" style="max-width:100%"{f""" onclick="{click}" """ if click else ""}>{own}'
-            f'<script type="application/json">{data}</script></figure>')
+    if e.play:
+        controls += (
+            f'<button type="button" onclick="{html.escape(_PLAY)}">play</button>'
+        )
+    click = (
+        html.escape(
+            _CLICK % (names.index(e.click[0]), e.panels, names.index(e.click[1]))
+        )
+        if e.click
+        else ""
+    )
+    own = (
+        '<div><label>a picture of your own <input type="file" accept="image/*"'
+        f' onchange="{html.escape(_OWN)}"></label> <span'
+        ' role="status"></span></div><canvas width="64" height="64" hidden role="img"'
+        ' aria-label="your picture, noised"'
+        ' style="width:256px;image-rendering:pixelated"></canvas>'
+        if e.shares
+        else ""
+    )
+    return (
+        '<figure class="explore" style="margin:0"><div role="group"'
+        f' aria-label="{html.escape(e.name)}">{controls}</div><img alt="{said}"'
+        f' src="data:image/png;base64,{coded[index[pictures[first]]]}"'
+        f' style="max-width:100%"{f""" onclick="{click}" """ if click else ""}>{own}<script'
+        f' type="application/json">{data}</script></figure>'
+    )
 
 # %% ../nbs/90_widgets.ipynb #73cbbe91
 _LIVE_CLICK = """const go=()=>{const b=this.closest('.explore-live'),i=b&&b.querySelector('.explore-picture'),t=b&&b.querySelector('.explore-at input');if(!i||!t)return setTimeout(go,200);
 i.onclick=e=>{const r=i.getBoundingClientRect();t.value=(e.clientX-r.left)/r.width+' '+(e.clientY-r.top)/r.height;for(const n of['input','change'])t.dispatchEvent(new Event(n,{bubbles:true}))}};go()"""
-_DOT = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"  # a picture of one clear pixel: when it has loaded, the above runs
+_DOT = (  # a picture of one clear pixel: when it has loaded, the above runs
+    "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
+)
+
 
 def live(
     e: Explore,
 ):  # an ipywidgets.VBox
     "The face with a kernel: every move draws."
     import ipywidgets as w
+
     at, style = dict(e.start), dict(description_width="initial")
+
     def control(k, values):
         options = [(shown(v), v) for v in values]
-        if any(isinstance(v, str) for v in values): return w.Dropdown(options=options, value=at[k], description=k, style=style)
-        return w.SelectionSlider(options=options, value=at[k], description=k, style=style)
+        if any(isinstance(v, str) for v in values):
+            return w.Dropdown(options=options, value=at[k], description=k, style=style)
+        return w.SelectionSlider(
+            options=options, value=at[k], description=k, style=style
+        )
+
     controls = {k: control(k, v) for k, v in e.settings.items()}
     image, said = w.Image(value=e.picture(**at), format="png"), w.HTML()
+
     def changed(change):
         at.update({k: c.value for k, c in controls.items()})
         _LEFT[e.name] = dict(at)
-        try: image.value, said.value = e.picture(**at), ""
-        except Exception as error: said.value = f"<pre>{html.escape(f'{type(error).__name__}: {error}')}</pre>"
-    for c in controls.values(): c.observe(changed, "value")
+        try:
+            image.value, said.value = e.picture(**at), ""
+        except Exception as error:
+            said.value = f"<pre>{html.escape(f'{type(error).__name__}: {error}')}</pre>"
+
+    for c in controls.values():
+        c.observe(changed, "value")
     row = list(controls.values())
-    if e.play: row.append(_player(row[0], len(next(iter(e.settings.values())))))
-    if e._take: row.append(_upload(e, changed, said))
+    if e.play:
+        row.append(_player(row[0], len(next(iter(e.settings.values())))))
+    if e._take:
+        row.append(_upload(e, changed, said))
     image.layout.max_width, image.layout.object_fit = "100%", "contain"
     parts = [w.HBox(row, layout=w.Layout(flex_flow="row wrap")), image, said]
     box = w.VBox(parts + (_clicks(e, controls, image) if e.click else []))
     box.add_class("explore-live")
     return box
 
+
 def _player(slider, n):  # play and pause for a slider
     import ipywidgets as w
+
     player = w.Play(min=0, max=n - 1, interval=120)
-    def step(change): slider.index = change["new"]
+
+    def step(change):
+        slider.index = change["new"]
+
     player.observe(step, "value")
     return player
 
+
 def _upload(e, changed, said):  # a button that asks for a file
     import ipywidgets as w
-    button = w.FileUpload(accept="image/*", description="a picture of your own", layout=w.Layout(width="auto"))
+
+    button = w.FileUpload(
+        accept="image/*",
+        description="a picture of your own",
+        layout=w.Layout(width="auto"),
+    )
+
     def chosen(change):
         try:
-            for file in change["new"]: e.take(bytes(file["content"])); changed(None)
-        except ValueError as error: said.value = f'<p role="alert">{html.escape(str(error))}</p>'
+            for file in change["new"]:
+                e.take(bytes(file["content"]))
+                changed(None)
+        except ValueError as error:
+            said.value = f'<p role="alert">{html.escape(str(error))}</p>'
+
     button.observe(chosen, "value")
     return button
 
-def _clicks(e, controls, image):  # widgets know no clicks: the page writes the place into a hidden text
+
+# widgets know no clicks: the page writes the place into a hidden text
+def _clicks(e, controls, image):
     import ipywidgets as w
-    place, script = w.Text(layout=w.Layout(display="none")), w.HTML(f'<img alt="" hidden src="{_DOT}" onload="{html.escape(_LIVE_CLICK)}">')
+
+    place, script = w.Text(layout=w.Layout(display="none")), w.HTML(
+        f'<img alt="" hidden src="{_DOT}" onload="{html.escape(_LIVE_CLICK)}">'
+    )
+
     def clicked(change):
-        for k, v in e.pointed(*map(float, change["new"].split())).items(): controls[k].value = v
-    place.observe(clicked, "value"); place.add_class("explore-at"); image.add_class("explore-picture")
+        for k, v in e.pointed(*map(float, change["new"].split())).items():
+            controls[k].value = v
+
+    place.observe(clicked, "value")
+    place.add_class("explore-at")
+    image.add_class("explore-picture")
     return [place, script]
 
 # %% ../nbs/90_widgets.ipynb #f8b457fc
 def _bundle(self, include=None, exclude=None):  # what a front end may choose from
-    if os.environ.get("DDPM_COURSE_STILL"): return {"text/plain": self.name, "text/html": still_html(self)}
+    if os.environ.get("DDPM_COURSE_STILL"):
+        return {"text/plain": self.name, "text/html": still_html(self)}
     box = live(self)
-    made = {"text/plain": self.name, "image/png": base64.b64encode(self.picture(**self.start)).decode()}
-    return made | {"application/vnd.jupyter.widget-view+json": dict(version_major=2, version_minor=0, model_id=box.model_id)}
+    made = {
+        "text/plain": self.name,
+        "image/png": base64.b64encode(self.picture(**self.start)).decode(),
+    }
+    return made | {
+        "application/vnd.jupyter.widget-view+json": dict(
+            version_major=2, version_minor=0, model_id=box.model_id
+        )
+    }
+
+
 Explore._repr_mimebundle_ = _bundle
+
 
 def explore(
     draw,  # draw(**settings) -> a figure, axes, images; or nothing, with a figure open
     **settings,  # name -> values; and start=, still=, play=, name= of Explore
-):  # the picture with its controls; what `draw` raises for the first settings is raised here
+    # the picture with its controls; what `draw` raises for the first settings is raised
+    # here
+):
     "Let a reader move what a picture depends on."
     e = Explore(draw, **settings)
     e.picture(**e.start)
-    if os.environ.get("IN_TEST"): e.picture(**{k: v[-1] for k, v in e.settings.items()})  # both ends can be drawn
+    if os.environ.get("IN_TEST"):
+        e.picture(**{k: v[-1] for k, v in e.settings.items()})  # both ends can be drawn
     return e
+
 
 def redraw_ms(
     e: Explore,
@@ -248,39 +439,62 @@ def redraw_ms(
 # %% ../nbs/90_widgets.ipynb #1b618bb2
 def _axes(width, height, **kw):  # a figure that pyplot does not know, and its axes
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     axs = figure.subplots(squeeze=False, **kw)[0]
-    for ax in axs: ax.locator_params(nbins=4); ax.tick_params(labelsize=7)  # labels take most of the time
+    for ax in axs:
+        ax.locator_params(nbins=4)
+        ax.tick_params(labelsize=7)  # labels take most of the time
     return figure, axs
+
 
 def _fixed(figure):  # the layout is found once: that takes longer than drawing
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
 
-def _images(ax, x, cols, names=()):  # show images in rows, with a name for each row; returns a function that puts others there
+
+# show images in rows, with a name for each row; returns a function that puts others
+# there
+def _images(ax, x, cols, names=()):
     shown = show_images(x, cols, ax=ax, rows=names).images[0]
     shown.set_interpolation("nearest")  # quicker
     return lambda x: shown.set_data(grid(x, min(cols, len(x))).permute(1, 2, 0))
 
-def _normal(shape, seed): return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+def _normal(shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
 
 def as_images(
-    source,  # a tensor (N,C,H,W), (C,H,W) or (H,W), uint8 or float in [-1, 1]; the path or the bytes of an image file; a PIL image
+    # a tensor (N,C,H,W), (C,H,W) or (H,W), uint8 or float in [-1, 1]; the path or the
+    # bytes of an image file; a PIL image
+    source,
     size: int = 64,  # side of the square that a file or PIL image is cut to
 ) -> Tensor:  # (N,C,H,W) floats in [-1, 1]; ValueError says what is wrong
     "Images of any origin, as this course has them."
     if isinstance(source, Tensor):
         x = source.reshape(*[1] * (4 - source.ndim), *source.shape)
-        if x.ndim != 4 or x.shape[1] not in (1, 3): raise ValueError(f"images are (N,C,H,W), (C,H,W) or (H,W) with 1 or 3 channels, not {tuple(source.shape)}")
+        if x.ndim != 4 or x.shape[1] not in (1, 3):
+            raise ValueError(
+                "images are (N,C,H,W), (C,H,W) or (H,W) with 1 or 3 channels, not"
+                f" {tuple(source.shape)}"
+            )
         return x.float() if x.is_floating_point() else to_float(x)
     from ddpm_course.data import fit_image
     from ddpm_course.files import read_image
-    if hasattr(source, "convert"): source = _png_of(source)
-    try: u8 = read_image(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+    if hasattr(source, "convert"):
+        source = _png_of(source)
+    try:
+        u8 = read_image(io.BytesIO(source) if isinstance(source, bytes) else source)
     except Exception as error:  # PIL raises a dozen kinds of errors on broken files
         what = "this file" if isinstance(source, bytes) else source
-        raise ValueError(f"{what} is not a picture that can be read ({type(error).__name__}): take a PNG, JPEG, GIF or WebP") from None
+        raise ValueError(
+            f"{what} is not a picture that can be read ({type(error).__name__}): take a"
+            " PNG, JPEG, GIF or WebP"
+        ) from None
     return to_float(fit_image(u8[None], size, "crop"))
+
 
 def _png_of(image) -> bytes:  # a PIL image
     file = io.BytesIO()
@@ -289,8 +503,11 @@ def _png_of(image) -> bytes:  # a PIL image
 
 # %% ../nbs/90_widgets.ipynb #3d6dd883
 def noise_slider(
-    x0,  # images, of which the first four are shown; or what `as_images` reads, such as the path of a photo
-    schedules=("linear", "cosine", "sigmoid"),  # names of DDPM's schedules, or name -> process
+    # images, of which the first four are shown; or what `as_images` reads, such as the
+    # path of a photo
+    x0,
+    # names of DDPM's schedules, or name -> process
+    schedules=("linear", "cosine", "sigmoid"),
     t: int = 300,  # at first
     ts=range(0, 1001, 10),  # times to choose from
     still=(0, 50, 150, 300, 450, 650, 1000),  # and on a page
@@ -299,27 +516,68 @@ def noise_slider(
 ) -> Explore:
     "Images at time t, and where on the curves of the schedule that is."
     from ddpm_course.process import DDPM
-    roads = schedules if isinstance(schedules, dict) else {k: DDPM(schedule=k) for k in schedules}
+
+    roads = (
+        schedules
+        if isinstance(schedules, dict)
+        else {k: DDPM(schedule=k) for k in schedules}
+    )
     x0, along = as_images(x0)[:4].cpu(), torch.linspace(0, max(ts), 201)[1:]
     now, noise = dict(x0=x0), _normal((len(x0), 3, *x0.shape[2:]), seed)
-    figure, (left, middle, right) = _axes(8, 1.9, ncols=3, width_ratios=(1 + len(x0), 2.5, 2.5))
+    figure, (left, middle, right) = _axes(
+        8, 1.9, ncols=3, width_ratios=(1 + len(x0), 2.5, 2.5)
+    )
     put = _images(left, x0, len(x0))
-    for ax, title in ((middle, "abar"), (right, "SNR in dB")): ax.set_title(title, fontsize=9)
-    def decibels(road, t): return 10 * road.snr(t).log10()
-    lines = {k: (middle.plot(along, road.alpha(along) ** 2, label=k)[0], right.plot(along, decibels(road, along))[0]) for k, road in roads.items()}
+    for ax, title in ((middle, "abar"), (right, "SNR in dB")):
+        ax.set_title(title, fontsize=9)
+
+    def decibels(road, t):
+        return 10 * road.snr(t).log10()
+
+    lines = {
+        k: (
+            middle.plot(along, road.alpha(along) ** 2, label=k)[0],
+            right.plot(along, decibels(road, along))[0],
+        )
+        for k, road in roads.items()
+    }
     dots = middle.plot([0], [1], "ko")[0], right.plot([0], [0], "ko")[0]
-    middle.legend(fontsize=7); right.set_ylim(-55, 45); left.set_title("0.000 * image + 0.000 * noise", fontsize=9)
+    middle.legend(fontsize=7)
+    right.set_ylim(-55, 45)
+    left.set_title("0.000 * image + 0.000 * noise", fontsize=9)
     _fixed(figure)
+
     def draw(t, schedule):
         road, at = roads[schedule], torch.tensor([float(t)], dtype=torch.float64)
         put(road.add_noise(now["x0"], at, noise[:, : now["x0"].shape[1]]))
-        for dot, y in zip(dots, (road.alpha(at) ** 2, decibels(road, at))): dot.set_data([t], y)
-        for k, pair in lines.items(): [line.set_linewidth(2.5 if k == schedule else 1) for line in pair]
-        left.set_title(f"{road.alpha(at).item():.3f} * image + {road.sigma(at).item():.3f} * noise", fontsize=9)
+        for dot, y in zip(dots, (road.alpha(at) ** 2, decibels(road, at))):
+            dot.set_data([t], y)
+        for k, pair in lines.items():
+            [line.set_linewidth(2.5 if k == schedule else 1) for line in pair]
+        left.set_title(
+            f"{road.alpha(at).item():.3f} * image + {road.sigma(at).item():.3f} *"
+            " noise",
+            fontsize=9,
+        )
         return figure
-    def take(data): now["x0"] = as_images(data, x0.shape[2]).expand(len(x0), -1, -1, -1)
-    def shares(t, schedule): return roads[schedule].alpha(t), roads[schedule].sigma(t)
-    return explore(draw, name=name, t=ts, schedule=list(roads), start=dict(t=t), still=dict(t=still), colours=64, take=take, shares=shares)
+
+    def take(data):
+        now["x0"] = as_images(data, x0.shape[2]).expand(len(x0), -1, -1, -1)
+
+    def shares(t, schedule):
+        return roads[schedule].alpha(t), roads[schedule].sigma(t)
+
+    return explore(
+        draw,
+        name=name,
+        t=ts,
+        schedule=list(roads),
+        start=dict(t=t),
+        still=dict(t=still),
+        colours=64,
+        take=take,
+        shares=shares,
+    )
 
 # %% ../nbs/90_widgets.ipynb #0b2059ea
 def schedule_designer(
@@ -331,58 +589,117 @@ def schedule_designer(
     seed: int = 0,  # of the noise
     name: str = "schedule designer",
 ) -> Explore:
-    "Move the settings of a schedule; see its curve, its end, and what it does to an image."
+    """Move the settings of a schedule; see its curve, its end, and what it does to an
+    image."""
     from ddpm_course.process import DDPM
+
     t, x0 = torch.tensor(shown), as_images(x0)[:1].cpu().expand(len(shown), -1, -1, -1)
     noise = _normal(x0.shape[1:], seed).expand_as(x0)
     figure, (left, right) = _axes(8, 1.7, ncols=2, width_ratios=(len(shown), 3))
     put = _images(left, x0, len(shown))
-    for kind in ("linear", "cosine"): right.plot(DDPM(schedule=kind).abar, lw=0.6)
-    line, = right.plot(DDPM().abar, "k", lw=2); dots, = right.plot(t, t * 0, "ko", ms=3)
-    right.set_title("abar", fontsize=9); left.set_title("t = ", fontsize=9)
+    for kind in ("linear", "cosine"):
+        right.plot(DDPM(schedule=kind).abar, lw=0.6)
+    (line,) = right.plot(DDPM().abar, "k", lw=2)
+    (dots,) = right.plot(t, t * 0, "ko", ms=3)
+    right.set_title("abar", fontsize=9)
+    left.set_title("t = ", fontsize=9)
     _fixed(figure)
+
     def draw(schedule, beta_start, beta_end, offset):
-        road = DDPM(schedule=schedule, **(dict(offset=offset) if schedule == "cosine" else dict(beta_start=beta_start, beta_end=beta_end)))
+        road = DDPM(
+            schedule=schedule,
+            **(
+                dict(offset=offset)
+                if schedule == "cosine"
+                else dict(beta_start=beta_start, beta_end=beta_end)
+            ),
+        )
         put(road.add_noise(x0, t, noise))
-        line.set_ydata(road.abar.numpy()); dots.set_ydata(road.abar[t].numpy())
-        left.set_title(f"abar ends at {road.abar[-1]:.2g}: {road.alpha(1000):.1%} of the brightness is left. t = {', '.join(map(str, shown))}", fontsize=9)
+        line.set_ydata(road.abar.numpy())
+        dots.set_ydata(road.abar[t].numpy())
+        left.set_title(
+            f"abar ends at {road.abar[-1]:.2g}: {road.alpha(1000):.1%} of the"
+            f" brightness is left. t = {', '.join(map(str, shown))}",
+            fontsize=9,
+        )
         return figure
-    return explore(draw, name=name, schedule=["linear", "cosine"], beta_start=beta_start, beta_end=beta_end, offset=offset,
-                   start=dict(beta_end=beta_end[-2], offset=offset[1]), still=dict(beta_start=beta_start[::2], beta_end=sorted({*beta_end[::2], beta_end[-2]})), colours=32)
+
+    return explore(
+        draw,
+        name=name,
+        schedule=["linear", "cosine"],
+        beta_start=beta_start,
+        beta_end=beta_end,
+        offset=offset,
+        start=dict(beta_end=beta_end[-2], offset=offset[1]),
+        still=dict(
+            beta_start=beta_start[::2], beta_end=sorted({*beta_end[::2], beta_end[-2]})
+        ),
+        colours=32,
+    )
 
 # %% ../nbs/90_widgets.ipynb #26f8148b
 def scrubber(
     denoise,  # (x, t) -> x0_hat
     process,
     x,  # (N,C,H,W) noise; where all samplers start
-    samplers: dict | None = None,  # name -> step of `sample`, such as partial(euler, eta=1.0); None: euler, ancestral and heun
+    # name -> step of `sample`, such as partial(euler, eta=1.0); None: euler, ancestral
+    # and heun
+    samplers: dict | None = None,
     n: int = 50,  # steps
     start: int = 0,  # step at first
     still: int = 5,  # steps on a page
     seed: int = 0,  # of the noise that a sampler adds
     name: str = "denoising, step by step",
 ) -> Explore:
-    "x_t, x0_hat and their difference, at every step of several samplers from the same noise."
+    """x_t, x0_hat and their difference, at every step of several samplers from the same
+    noise."""
     from ddpm_course.sampling import STEPS, sample
+
     walks, ts = {}, process.steps(n, x.device)
     for kind, step in (samplers or STEPS).items():
         film = walks[kind] = []
-        sample(denoise, process, x, ts, step, lambda t, x, x0, film=film, **_: film.append((t.cpu(), x.cpu(), x0.cpu())), generator=example_generators(seed, len(x)))
+        sample(
+            denoise,
+            process,
+            x,
+            ts,
+            step,
+            lambda t, x, x0, film=film, **_: film.append((t.cpu(), x.cpu(), x0.cpu())),
+            generator=example_generators(seed, len(x)),
+        )
     figure, (ax,) = _axes(0.62 * len(x) + 0.8, 2.2)
     put = _images(ax, torch.cat([x] * 3), len(x), ("x_t", "x0_hat", "difference"))
-    ax.set_title("t", fontsize=9); _fixed(figure)
+    ax.set_title("t", fontsize=9)
+    _fixed(figure)
+
     def draw(step, sampler):
         t, x_t, x0_hat = walks[sampler][step]
         alpha, sigma = process.coeffs(t, x_t)
         put(torch.cat([x_t, x0_hat, x_t - alpha * x0_hat]))
-        ax.set_title(f"{sampler}, t = {t[0].item():g}: {alpha.flatten()[0].item():.3f} * image + {sigma.flatten()[0].item():.3f} * noise", fontsize=9)
+        ax.set_title(
+            f"{sampler}, t = {t[0].item():g}: {alpha.flatten()[0].item():.3f} * image +"
+            f" {sigma.flatten()[0].item():.3f} * noise",
+            fontsize=9,
+        )
         return figure
-    return explore(draw, name=name, step=range(n), sampler=list(walks), start=dict(step=start), play=True, colours=16 if x.shape[1] == 1 else 64,
-                   still=dict(step=[round(i * (n - 1) / (still - 1)) for i in range(still)]))
+
+    return explore(
+        draw,
+        name=name,
+        step=range(n),
+        sampler=list(walks),
+        start=dict(step=start),
+        play=True,
+        colours=16 if x.shape[1] == 1 else 64,
+        still=dict(step=[round(i * (n - 1) / (still - 1)) for i in range(still)]),
+    )
 
 # %% ../nbs/90_widgets.ipynb #0c1934f2
 def guidance_grid(
-    model,  # something that samples, as `load_pretrained` gives, or a function (scale, steps) -> images
+    # something that samples, as `load_pretrained` gives, or a function (scale, steps)
+    # -> images
+    model,
     scales=(0, 1, 2, 4, 8),  # guidance: 0 ignores the label, 1 follows it
     steps=(1, 2, 4, 8, 16, 32),  # numbers of steps
     labels=range(10),  # what is asked for
@@ -392,16 +709,32 @@ def guidance_grid(
     name: str = "guidance and steps",
 ) -> Explore:
     "Samples from the same noise, against the guidance scale and the number of steps."
-    made = model if callable(model) else lambda scale, steps: model.sample(labels, cfg_scale=scale, n_steps=steps, seed=seed)
+    made = (
+        model
+        if callable(model)
+        else lambda scale, steps: model.sample(
+            labels, cfg_scale=scale, n_steps=steps, seed=seed
+        )
+    )
     samples = {(w, n): made(w, n).cpu() for n in steps for w in scales}
-    def draw(scale, steps): return png(samples[scale, steps], enlarge, cols=10)
-    return explore(draw, name=name, scale=scales, steps=steps, start=dict(scale=scale if scale in scales else scales[0], steps=steps[-1]))
+
+    def draw(scale, steps):
+        return png(samples[scale, steps], enlarge, cols=10)
+
+    return explore(
+        draw,
+        name=name,
+        scale=scales,
+        steps=steps,
+        start=dict(scale=scale if scale in scales else scales[0], steps=steps[-1]),
+    )
 
 # %% ../nbs/90_widgets.ipynb #fb3e0924
 def particles(
     paths: dict,  # name -> (S+1,B,2): where the points are after each step; noise first
     ts,  # (S+1,) the times
-    fields: dict | None = None,  # name -> field(places (N,2), t) -> (N,2), the arrows; NaN: no arrow there
+    # name -> field(places (N,2), t) -> (N,2), the arrows; NaN: no arrow there
+    fields: dict | None = None,
     data=None,  # (N,2) points to draw beneath
     bound: float = 3.0,  # what is shown: -bound..bound
     length: float = 9.0,  # an arrow of length 1 is drawn 1/length long
@@ -412,41 +745,92 @@ def particles(
     side, steps = torch.linspace(-bound, bound, 21)[1:-1], len(ts) - 1
     places, fields = torch.cartesian_prod(side, side), fields or {}
     figure, (ax,) = _axes(3.6, 3.7)
-    ax.set(xlim=(-bound, bound), ylim=(-bound, bound), aspect="equal", xticks=[], yticks=[])
-    if data is not None: ax.scatter(*data.T, s=3, color="#16697a", alpha=0.35, lw=0)
-    field = ax.quiver(*places.T, *places.T, color="#9aa0a6", angles="xy", scale_units="xy", scale=length, width=0.005)
-    points = ax.scatter(*next(iter(paths.values()))[0].T, s=7, color="#e4572e", lw=0, zorder=3)
-    ax.set_title("t", fontsize=9); _fixed(figure)
+    ax.set(
+        xlim=(-bound, bound), ylim=(-bound, bound), aspect="equal", xticks=[], yticks=[]
+    )
+    if data is not None:
+        ax.scatter(*data.T, s=3, color="#16697a", alpha=0.35, lw=0)
+    field = ax.quiver(
+        *places.T,
+        *places.T,
+        color="#9aa0a6",
+        angles="xy",
+        scale_units="xy",
+        scale=length,
+        width=0.005,
+    )
+    points = ax.scatter(
+        *next(iter(paths.values()))[0].T, s=7, color="#e4572e", lw=0, zorder=3
+    )
+    ax.set_title("t", fontsize=9)
+    _fixed(figure)
     nothing = torch.full_like(places, torch.nan)
+
     @torch.no_grad()
     def draw(step, arrows):
         t = ts[step]
-        field.set_UVC(*(fields[arrows](places, t) if arrows in fields and step < steps else nothing).T.numpy())
+        field.set_UVC(
+            *(
+                fields[arrows](places, t)
+                if arrows in fields and step < steps
+                else nothing
+            ).T.numpy()
+        )
         points.set_offsets(paths[arrows][step].numpy())
         ax.set_title(f"{arrows}: step {step} of {steps}, t = {float(t):g}", fontsize=9)
         return figure
-    return explore(draw, name=name, step=range(steps + 1), arrows=list(paths), play=True, colours=16, still=dict(step=[round(i * steps / (still - 1)) for i in range(still)]))
+
+    return explore(
+        draw,
+        name=name,
+        step=range(steps + 1),
+        arrows=list(paths),
+        play=True,
+        colours=16,
+        still=dict(step=[round(i * steps / (still - 1)) for i in range(still)]),
+    )
 
 # %% ../nbs/90_widgets.ipynb #fb1a3c16
 @torch.no_grad()
 def attention_maps(
     net,  # a network with `SelfAttention` layers
     *inputs,  # what it is called with; the first example is looked at
-) -> dict:  # 'down, 4 x 4' -> (heads,H,W,H,W): weights of looking from (row, column) at (row, column)
+    # 'down, 4 x 4' -> (heads,H,W,H,W): weights of looking from (row, column) at (row,
+    # column)
+) -> dict:
     "What each place looks at, in every attention layer."
     from ddpm_course.unet import SelfAttention
+
     maps = {}
+
     def look(name):
         def hook(layer, inputs, out):
             H, W = inputs[0].shape[2:]
-            q, k, _ = (p.unflatten(1, (layer.heads, -1)).transpose(0, 1) for p in layer.qkv(layer.norm(inputs[0][0].flatten(1).T)).chunk(3, -1))
+            q, k, _ = (
+                p.unflatten(1, (layer.heads, -1)).transpose(0, 1)
+                for p in layer.qkv(layer.norm(inputs[0][0].flatten(1).T)).chunk(3, -1)
+            )
             where = next((w for w in ("down", "up") if f".{w}" in f".{name}"), name)
-            maps[f"{where}, {H} x {W}"] = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1).reshape(-1, H, W, H, W).cpu()
+            maps[f"{where}, {H} x {W}"] = (
+                (q @ k.mT / q.shape[-1] ** 0.5)
+                .softmax(-1)
+                .reshape(-1, H, W, H, W)
+                .cpu()
+            )
+
         return hook
-    hooks = [m.register_forward_hook(look(name)) for name, m in net.named_modules() if isinstance(m, SelfAttention)]
-    try: net(*inputs)
-    finally: [h.remove() for h in hooks]
+
+    hooks = [
+        m.register_forward_hook(look(name))
+        for name, m in net.named_modules()
+        if isinstance(m, SelfAttention)
+    ]
+    try:
+        net(*inputs)
+    finally:
+        [h.remove() for h in hooks]
     return maps
+
 
 def attention_viewer(
     image: Tensor,  # (C,H,W) or (H,W), what `as_images` reads
@@ -456,59 +840,124 @@ def attention_viewer(
     side: int = 176,  # of each of the two pictures, in pixels
     name: str = "attention",
 ) -> Explore:
-    "Click a pixel, see what it looks at: the image on the left, the weights on the right, bright is much."
-    big = lambda x: torch.nn.functional.interpolate(x[None].float(), (side, side), mode="nearest")[0]
-    left, red = big(as_images(image)[0].cpu()).expand(3, -1, -1), torch.tensor([1.0, -1.0, -1.0])[:, None, None]
+    """Click a pixel, see what it looks at: the image on the left, the weights on the
+    right, bright is much."""
+    big = lambda x: torch.nn.functional.interpolate(
+        x[None].float(), (side, side), mode="nearest"
+    )[0]
+    left, red = (
+        big(as_images(image)[0].cpu()).expand(3, -1, -1),
+        torch.tensor([1.0, -1.0, -1.0])[:, None, None],
+    )
+
     def draw(level, head, row, col):
         w = maps[level][min(head, len(maps[level]) - 1)]
         h, v = w.shape[:2]
         r, c = row * h // places, col * v // places
-        pair = torch.stack([left, big((2 * w[r, c] / w[r, c].max() - 1)[None]).expand(3, -1, -1)])
-        top, bottom, near, far = (int(k * side) for k in (r / h, (r + 1) / h, c / v, (c + 1) / v))
+        pair = torch.stack(
+            [left, big((2 * w[r, c] / w[r, c].max() - 1)[None]).expand(3, -1, -1)]
+        )
+        top, bottom, near, far = (
+            int(k * side) for k in (r / h, (r + 1) / h, c / v, (c + 1) / v)
+        )
         frame = torch.zeros(side, side, dtype=bool)
-        frame[top:bottom, near:far] = True; frame[top + 2 : bottom - 2, near + 2 : far - 2] = False
+        frame[top:bottom, near:far] = True
+        frame[top + 2 : bottom - 2, near + 2 : far - 2] = False
         return png(torch.where(frame, red, pair), 1)
+
     some = [int((i + 0.5) * places / still) for i in range(still)]
     heads = range(max(map(len, maps.values())))
-    return explore(draw, name=name, level=list(maps), head=heads, row=range(places), col=range(places),
-                   start=dict(row=places // 2, col=places // 2), still=dict(row=some, col=some), click=("col", "row"), panels=2)
+    return explore(
+        draw,
+        name=name,
+        level=list(maps),
+        head=heads,
+        row=range(places),
+        col=range(places),
+        start=dict(row=places // 2, col=places // 2),
+        still=dict(row=some, col=some),
+        click=("col", "row"),
+        panels=2,
+    )
 
 # %% ../nbs/90_widgets.ipynb #6850a7ff
 def ema_horizon(
     path: Tensor,  # (S+1,2) two weights after each step of a training
     averaged,  # (path, beta) -> (S+1,2) the running average
     horizons=(1, 2, 5, 10, 20, 50, 100, 200, 300),  # in steps: beta = 1 - 1/horizon
-    samples: dict | None = None,  # horizon -> points (N,2) or images (N,C,H,W) that its average draws
+    # horizon -> points (N,2) or images (N,C,H,W) that its average draws
+    samples: dict | None = None,
     wanted=None,  # (N,2) where these points should be: a grey line leads there
     horizon: int = 50,  # at first
     still=None,  # horizons on a page; None: all
     name: str = "horizon of the average",
 ) -> Explore:
     "Raw and averaged weights of a training, and what the average draws."
-    means, k = {h: averaged(path, 1 - 1 / h) for h in (samples or horizons)}, torch.arange(len(path))
+    means, k = {
+        h: averaged(path, 1 - 1 / h) for h in samples or horizons
+    }, torch.arange(len(path))
     figure, (left, middle, right) = _axes(8, 2.4, ncols=3)
-    age, = left.plot(k, k * 0.0); left.set(xlabel="steps ago", ylabel="share in the average", xlim=(0, min(len(path), 300)))
-    middle.plot(*path.T, lw=0.3, color="0.6"); way, = middle.plot(*path.T, lw=1.5); middle.set(title="two weights: raw, average", xlabel="w1", ylabel="w2")
-    if not samples: right.plot(path[:, 0], lw=0.4, color="0.6"); line, = right.plot(path[:, 0]); right.set(xlabel="step", ylabel="w1")
-    else: put = _samples(right, next(iter(samples.values())), wanted)
-    left.set_title("beta", fontsize=9); _fixed(figure)
+    (age,) = left.plot(k, k * 0.0)
+    left.set(
+        xlabel="steps ago", ylabel="share in the average", xlim=(0, min(len(path), 300))
+    )
+    middle.plot(*path.T, lw=0.3, color="0.6")
+    (way,) = middle.plot(*path.T, lw=1.5)
+    middle.set(title="two weights: raw, average", xlabel="w1", ylabel="w2")
+    if not samples:
+        right.plot(path[:, 0], lw=0.4, color="0.6")
+        (line,) = right.plot(path[:, 0])
+        right.set(xlabel="step", ylabel="w1")
+    else:
+        put = _samples(right, next(iter(samples.values())), wanted)
+    left.set_title("beta", fontsize=9)
+    _fixed(figure)
+
     def draw(horizon):
         beta, mean = 1 - 1 / horizon, means[horizon]
         share = (1 - beta) * beta ** k.double()
-        age.set_ydata(share.numpy()); left.set(ylim=(0, 1.05 * share[0].item())); left.set_title(f"horizon {horizon}, beta = {beta:.6g}", fontsize=9)
+        age.set_ydata(share.numpy())
+        left.set(ylim=(0, 1.05 * share[0].item()))
+        left.set_title(f"horizon {horizon}, beta = {beta:.6g}", fontsize=9)
         way.set_data(*mean.T)
-        if samples: put(samples[horizon])
-        else: line.set_ydata(mean[:, 0].numpy())
+        if samples:
+            put(samples[horizon])
+        else:
+            line.set_ydata(mean[:, 0].numpy())
         return figure
-    return explore(draw, name=name, horizon=list(means), start=dict(horizon=min(means, key=lambda h: abs(h - horizon))), still=dict(horizon=still or list(means)))
 
-def _samples(ax, x, wanted=None):  # points or images; returns a function that puts others there
-    if x.ndim == 4: return _images(ax, x, 8)
+    return explore(
+        draw,
+        name=name,
+        horizon=list(means),
+        start=dict(horizon=min(means, key=lambda h: abs(h - horizon))),
+        still=dict(horizon=still or list(means)),
+    )
+
+
+# points or images; returns a function that puts others there
+def _samples(ax, x, wanted=None):
+    if x.ndim == 4:
+        return _images(ax, x, 8)
     from matplotlib.collections import LineCollection
-    lines, bound = ax.add_collection(LineCollection([], colors="0.6", lw=0.5)), 1.1 * (x if wanted is None else wanted).abs().max().item()
+
+    lines, bound = (
+        ax.add_collection(LineCollection([], colors="0.6", lw=0.5)),
+        1.1 * (x if wanted is None else wanted).abs().max().item(),
+    )
     points = ax.scatter(*x.T, s=4, lw=0, color="#e4572e")
-    ax.set(xlim=(-bound, bound), ylim=(-bound, bound), xticks=[], yticks=[], aspect="equal", title="samples")
+    ax.set(
+        xlim=(-bound, bound),
+        ylim=(-bound, bound),
+        xticks=[],
+        yticks=[],
+        aspect="equal",
+        title="samples",
+    )
+
     def put(x):
         points.set_offsets(x.numpy())
-        if wanted is not None: lines.set_segments(torch.stack([wanted, x], 1).numpy())
+        if wanted is not None:
+            lines.set_segments(torch.stack([wanted, x], 1).numpy())
+
     return put

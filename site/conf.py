@@ -1,4 +1,6 @@
-"""Settings of the website: Sphinx, myst-nb and sphinx-book-theme over the tree that prepare.py makes. Nothing is executed, nothing is fetched."""
+"""Settings of the website: Sphinx, myst-nb and sphinx-book-theme over the tree that prepare.py
+makes. Nothing is executed, nothing is fetched."""
+
 from configparser import ConfigParser
 from importlib.metadata import distribution
 from pathlib import Path
@@ -14,12 +16,22 @@ root_doc, exclude_patterns = "index", ["_build"]
 source_suffix = {".ipynb": "myst-nb", ".md": "myst-nb"}
 
 html_theme, html_css_files, html_js_files = "sphinx_book_theme", ["course.css"], ["course.js"]
-MATHJAX = next(f for f in distribution("sphinx-mathjax-offline").files if f.name == "tex-svg-full.js")  # one file, works without a network
+MATHJAX = next(
+    f for f in distribution("sphinx-mathjax-offline").files if f.name == "tex-svg-full.js"
+)  # one file, works without a network
 html_static_path = ["static", str(MATHJAX.locate())]
 html_theme_options = {
-    "repository_url": cfg["git_url"], "repository_branch": cfg["branch"], "path_to_docs": cfg["nbs_path"], "use_repository_button": True,
-    "use_download_button": True, "launch_buttons": {"colab_url": "https://colab.research.google.com"},
-    "home_page_in_toc": True, "show_navbar_depth": 2, "show_toc_level": 1, "navbar_persistent": []}
+    "repository_url": cfg["git_url"],
+    "repository_branch": cfg["branch"],
+    "path_to_docs": cfg["nbs_path"],
+    "use_repository_button": True,
+    "use_download_button": True,
+    "launch_buttons": {"colab_url": "https://colab.research.google.com"},
+    "home_page_in_toc": True,
+    "show_navbar_depth": 2,
+    "show_toc_level": 1,
+    "navbar_persistent": [],
+}
 html_show_sourcelink = False  # the download button leads to the notebook
 html_copy_source = True
 

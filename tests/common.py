@@ -1,4 +1,5 @@
 """Small things that several test files use: tiny data, a tiny model."""
+
 import torch
 
 from ddpm_course.data import Batches, DataLoaders
@@ -9,22 +10,52 @@ from ddpm_course.unet import UNet_conditional
 
 def tiny_dls(n=64, batch_size=16, num_classes=3, size=8, seed=0):
     g = torch.Generator().manual_seed(seed)
+
     def part(n, shuffle=False):
         images = torch.randint(0, 256, (n, 1, size, size), generator=g, dtype=torch.uint8)
-        return Batches(images, torch.randint(0, max(num_classes, 1), (n,), generator=g), batch_size, shuffle=shuffle, seed=seed)
-    return DataLoaders(part(n, True), part(24), part(24), num_classes, (1, size, size), [f"c{k}" for k in range(num_classes)], "tiny")
+        return Batches(
+            images,
+            torch.randint(0, max(num_classes, 1), (n,), generator=g),
+            batch_size,
+            shuffle=shuffle,
+            seed=seed,
+        )
+
+    return DataLoaders(
+        part(n, True),
+        part(24),
+        part(24),
+        num_classes,
+        (1, size, size),
+        [f"c{k}" for k in range(num_classes)],
+        "tiny",
+    )
 
 
 def tiny_diffusion(num_classes=3, size=8, seed=0, **kw):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = UNet_conditional(1, 1, time_dim=16, widths=(8, 8), attention=(1,), heads=2, num_classes=num_classes or None)
-    return Diffusion(net, DDPM(100, "cosine"), "v", (1, size, size), num_classes, device="cpu", seed=seed, **kw)
+        net = UNet_conditional(
+            1,
+            1,
+            time_dim=16,
+            widths=(8, 8),
+            attention=(1,),
+            heads=2,
+            num_classes=num_classes or None,
+        )
+    return Diffusion(
+        net, DDPM(100, "cosine"), "v", (1, size, size), num_classes, device="cpu", seed=seed, **kw
+    )
 
 
-QUICK = dict(precision="float32", channels_last=False)  # no timing runs, the same arithmetic every time
+# no timing runs, the same arithmetic every time
+QUICK = dict(precision="float32", channels_last=False)
 
 
 def same_weights(a, b):
-    return all(torch.equal(p, q) for m in ("model", "ema_model")
-               for p, q in zip(getattr(a, m).state_dict().values(), getattr(b, m).state_dict().values()))
+    return all(
+        torch.equal(p, q)
+        for m in ("model", "ema_model")
+        for p, q in zip(getattr(a, m).state_dict().values(), getattr(b, m).state_dict().values())
+    )

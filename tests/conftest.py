@@ -1,4 +1,6 @@
-"""What tests share: the same random numbers in every run, Chromium for the browser tests, and a folder for their screenshots."""
+"""What tests share: the same random numbers in every run, Chromium for the browser tests, and a
+folder for their screenshots."""
+
 import random
 import shutil
 from pathlib import Path
@@ -7,14 +9,35 @@ import numpy as np
 import pytest
 import torch
 
-CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
-ARGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-sync", "--disable-component-update",
-        "--no-first-run"]
+CHROMIUM = next(
+    (p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))),
+    None,
+)
+ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-sync",
+    "--disable-component-update",
+    "--no-first-run",
+]
 
 
 def pytest_addoption(parser):
-    parser.addoption("--shots", metavar="FOLDER", help="keep the screenshots of the browser tests here")
-    parser.addoption("--seed", metavar="N", type=int, default=0, help="every test starts from these random numbers; another N looks for tests that pass by luck")
+    parser.addoption(
+        "--shots", metavar="FOLDER", help="keep the screenshots of the browser tests here"
+    )
+    parser.addoption(
+        "--seed",
+        metavar="N",
+        type=int,
+        default=0,
+        help=(
+            "every test starts from these random numbers; another N looks for tests that pass by"
+            " luck"
+        ),
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +57,10 @@ def shots(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")  # as long as it is open, no other test can run an event loop
 def browser():
-    if CHROMIUM is None: pytest.skip("no Chromium here")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here")
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as p:
         chromium = p.chromium.launch(executable_path=CHROMIUM, args=ARGS)
         yield chromium

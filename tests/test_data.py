@@ -10,7 +10,15 @@ import torch
 from PIL import Image
 
 from ddpm_course.core import to_float, to_uint8
-from ddpm_course.data import Batches, DataLoaders, fit_image, get_dls, lesson_data, shapes_dls, split_part
+from ddpm_course.data import (
+    Batches,
+    DataLoaders,
+    fit_image,
+    get_dls,
+    lesson_data,
+    shapes_dls,
+    split_part,
+)
 from ddpm_course.files import ENDINGS, array_part, load_parts, pixel_keys, read_image
 from ddpm_course.shapes import COLOURS, SHAPES, Shapes, captions, draw_shapes, make_scene, render
 
@@ -89,7 +97,10 @@ def test_palette(tmp_path):
     im.putpalette([10, 20, 30, 200, 100, 0])
     im.putpixel((1, 0), 1)
     assert read_image(saved(tmp_path, im)).flatten(1).T.tolist() == [[10, 20, 30], [200, 100, 0]]
-    assert read_image(saved(tmp_path, im, "t.png", transparency=0)).flatten(1).T.tolist() == [[255] * 3, [200, 100, 0]]
+    assert read_image(saved(tmp_path, im, "t.png", transparency=0)).flatten(1).T.tolist() == [
+        [255] * 3,
+        [200, 100, 0],
+    ]
     assert read_image(saved(tmp_path, im, "x.gif")).shape == (3, 1, 2)
 
 
@@ -121,11 +132,21 @@ def test_exif_orientation(tmp_path, orientation, expected):
 
 
 def test_channels_of_a_folder(tmp_path):
-    saved(tmp_path, Image.new("L", (4, 4), 9), "a.png"), saved(tmp_path, Image.new("L", (4, 4), 99), "b.png")
+    saved(tmp_path, Image.new("L", (4, 4), 9), "a.png"), saved(
+        tmp_path, Image.new("L", (4, 4), 99), "b.png"
+    )
     saved(tmp_path, Image.new("I;16", (4, 4), 9999), "c.png")
-    assert get_dls(tmp_path, 8).shape == (1, 8, 8) and get_dls(tmp_path, 8, channels=3).shape == (3, 8, 8)
+    assert get_dls(tmp_path, 8).shape == (1, 8, 8) and get_dls(tmp_path, 8, channels=3).shape == (
+        3,
+        8,
+        8,
+    )
     saved(tmp_path, Image.new("RGB", (4, 4), (255, 0, 0)), "d.png")
-    assert get_dls(tmp_path, 8).shape == (3, 8, 8) and get_dls(tmp_path, 8, channels=1).shape == (1, 8, 8)
+    assert get_dls(tmp_path, 8).shape == (3, 8, 8) and get_dls(tmp_path, 8, channels=1).shape == (
+        1,
+        8,
+        8,
+    )
 
 
 # ---------------------------------------------------------------- framing
@@ -180,7 +201,12 @@ def test_extreme_shapes():
 
 def test_digits():
     d = get_dls("digits", 32, batch_size=50)
-    assert d.shape == (1, 32, 32) and d.num_classes == 10 and d.classes == list("0123456789") and not d.train.flip
+    assert (
+        d.shape == (1, 32, 32)
+        and d.num_classes == 10
+        and d.classes == list("0123456789")
+        and not d.train.flip
+    )
     assert sum(len(b.labels) for b in (d.train, d.valid, d.test)) == 1797
     for b in (d.valid, d.test):
         assert b.labels.bincount(minlength=10).min() >= 17  # stratified
@@ -193,7 +219,9 @@ def test_digits():
 
 def test_digits_split_does_not_depend_on_the_size_and_depends_on_the_seed():
     a, b, c = get_dls("digits", 8), get_dls("digits", 16), get_dls("digits", 8, seed=1)
-    assert torch.equal(a.test.labels, b.test.labels) and not torch.equal(a.test.images, c.test.images)
+    assert torch.equal(a.test.labels, b.test.labels) and not torch.equal(
+        a.test.images, c.test.images
+    )
     assert torch.equal(fit_image(a.test.images, 16, fill=0), b.test.images)
 
 
@@ -205,7 +233,9 @@ def fake_mnist(monkeypatch, n=60):
 
         def __init__(self, root, train=True, download=False):
             g = torch.Generator().manual_seed(int(train))
-            self.data = torch.randint(256, (n if train else 20, 28, 28), generator=g, dtype=torch.uint8)
+            self.data = torch.randint(
+                256, (n if train else 20, 28, 28), generator=g, dtype=torch.uint8
+            )
             self.targets = torch.arange(n if train else 20) % 10
 
     for kind in ("MNIST", "FashionMNIST"):
@@ -215,11 +245,19 @@ def fake_mnist(monkeypatch, n=60):
 def test_mnist_is_padded_with_background_and_keeps_its_test_part(monkeypatch):
     fake_mnist(monkeypatch)
     d = get_dls("mnist", 32)
-    assert d.shape == (1, 32, 32) and len(d.test.labels) == 20 and len(d.train.labels) + len(d.valid.labels) == 60
+    assert (
+        d.shape == (1, 32, 32)
+        and len(d.test.labels) == 20
+        and len(d.train.labels) + len(d.valid.labels) == 60
+    )
     rim = d.train.images.clone()
     rim[:, :, 2:30, 2:30] = 0
     assert rim.sum() == 0 and not d.train.flip
-    assert get_dls("mnist", 28).shape == (1, 28, 28) and get_dls("mnist", (14, 20)).shape == (1, 14, 20)
+    assert get_dls("mnist", 28).shape == (1, 28, 28) and get_dls("mnist", (14, 20)).shape == (
+        1,
+        14,
+        20,
+    )
     assert get_dls("mnist", 64, channels=3).shape == (3, 64, 64)
     assert d.classes == list("0123456789")
 
@@ -251,7 +289,10 @@ def test_cifar10_is_mirrored_and_resized(monkeypatch):
 
         def __init__(self, root, train=True, download=False):
             self.data = torch.randint(
-                256, (40, 32, 32, 3), generator=torch.Generator().manual_seed(int(train)), dtype=torch.uint8
+                256,
+                (40, 32, 32, 3),
+                generator=torch.Generator().manual_seed(int(train)),
+                dtype=torch.uint8,
             ).numpy()
             self.targets = [i % 10 for i in range(40)]
 
@@ -259,7 +300,9 @@ def test_cifar10_is_mirrored_and_resized(monkeypatch):
     d = get_dls("cifar10", 40)
     assert d.train.flip and not d.valid.flip and not d.test.flip and d.shape == (3, 40, 40)
     assert d.train.images[:, :, 0].float().std() > 20  # resized, not padded
-    assert not get_dls("cifar10", 32, flip=False).train.flip and get_dls("cifar10", 32, channels=1).shape == (1, 32, 32)
+    assert not get_dls("cifar10", 32, flip=False).train.flip and get_dls(
+        "cifar10", 32, channels=1
+    ).shape == (1, 32, 32)
     one = get_dls("cifar10", 32).test
     assert torch.equal(one.images, torch.from_numpy(Fake("", train=False).data).permute(0, 3, 1, 2))
 
@@ -318,7 +361,8 @@ def test_a_file_that_is_added_moves_no_other(tmp_path):
     (tmp_path / "b/001.png").rename(tmp_path / "b/zzz.png")
     after = where()
     assert len(after) == 180 and all(after[n] == s for n, s in before.items() if n in after)
-    assert after[str(tmp_path / "b/zzz.png")] == before[str(tmp_path / "b/001.png")]  # by content, not by name
+    # by content, not by name
+    assert after[str(tmp_path / "b/zzz.png")] == before[str(tmp_path / "b/001.png")]
 
 
 def test_folder_split_does_not_depend_on_the_size(tmp_path):
@@ -371,12 +415,20 @@ def test_duplicates_between_given_splits(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         d = get_dls(tmp_path, 24)
-    assert names(d) == [10, 5, 4] and {Path(p).name for p in d.dropped} == {"leak.png", "leak2.png"} and len(d.dropped) == 3
+    assert (
+        names(d) == [10, 5, 4]
+        and {Path(p).name for p in d.dropped} == {"leak.png", "leak2.png"}
+        and len(d.dropped) == 3
+    )
 
 
 def test_no_validation_part_if_none_is_wanted():
     d = get_dls("digits", 8, valid=0)
-    assert len(d.valid.labels) == 0 and list(d.valid) == [] and len(d.train.labels) + len(d.test.labels) == 1797
+    assert (
+        len(d.valid.labels) == 0
+        and list(d.valid) == []
+        and len(d.train.labels) + len(d.test.labels) == 1797
+    )
 
 
 def test_images_beside_classes_are_named(tmp_path):
@@ -398,7 +450,9 @@ def message(exc, f, *args, **kw):
 
 def test_unknown_name():
     text = message(ValueError, get_dls, "minst")
-    assert "Did you mean 'mnist'" in text and all(n in text for n in ("shapes", "digits", "cifar10", "fashion_mnist"))
+    assert "Did you mean 'mnist'" in text and all(
+        n in text for n in ("shapes", "digits", "cifar10", "fashion_mnist")
+    )
 
 
 def test_folder_missing_or_no_folder(tmp_path):
@@ -487,8 +541,18 @@ def test_shapes_refuse_what_would_be_a_lie():
 
 def test_labels_are_checked():
     x = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
-    assert Batches(x, [0, 1, 2]).labels.dtype == torch.int64 and Batches(x).labels.tolist() == [0, 0, 0]
-    for bad in ([0, 1], [[0], [1], [2]], [0.0, 1.0, 2.0], [-1, 0, 1], torch.tensor([True, False, True])):
+    assert Batches(x, [0, 1, 2]).labels.dtype == torch.int64 and Batches(x).labels.tolist() == [
+        0,
+        0,
+        0,
+    ]
+    for bad in (
+        [0, 1],
+        [[0], [1], [2]],
+        [0.0, 1.0, 2.0],
+        [-1, 0, 1],
+        torch.tensor([True, False, True]),
+    ):
         message(ValueError, Batches, x, bad)
     ok = Batches(x, [0, 1, 2])
     assert DataLoaders(ok, ok, ok, 3, (1, 4, 4), list("abc")).num_classes == 3
@@ -513,14 +577,20 @@ def no_network(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, files", [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"), ("cifar10", "cifar-10-batches-py")]
+    "name, files",
+    [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"), ("cifar10", "cifar-10-batches-py")],
 )
 def test_no_network(monkeypatch, tmp_path, name, files):
     no_network(monkeypatch)
     start = time.time()
     for kw in (dict(), dict(download=False)):
         text = message(FileNotFoundError, get_dls, name, root=tmp_path, **kw)
-        assert str(tmp_path / files) in text and "'digits'" in text and "'shapes'" in text and repr(name) in text
+        assert (
+            str(tmp_path / files) in text
+            and "'digits'" in text
+            and "'shapes'" in text
+            and repr(name) in text
+        )
     assert time.time() - start < 20 and socket.getdefaulttimeout() is None
 
 
@@ -550,16 +620,22 @@ def test_where_data_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_COURSE_DATA", str(tmp_path / "env"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert str(tmp_path / "env") in message(FileNotFoundError, get_dls, "mnist", download=False)
-    assert str(tmp_path / "arg") in message(FileNotFoundError, get_dls, "mnist", download=False, root=tmp_path / "arg")
+    assert str(tmp_path / "arg") in message(
+        FileNotFoundError, get_dls, "mnist", download=False, root=tmp_path / "arg"
+    )
     monkeypatch.delenv("DDPM_COURSE_DATA")
-    assert str(tmp_path / "cache/ddpm_course") in message(FileNotFoundError, get_dls, "mnist", download=False)
+    assert str(tmp_path / "cache/ddpm_course") in message(
+        FileNotFoundError, get_dls, "mnist", download=False
+    )
 
 
 def test_lesson_data(tmp_path, monkeypatch, capsys):
     no_network(monkeypatch)
     monkeypatch.setenv("DDPM_COURSE_DATA", str(tmp_path))
     monkeypatch.setenv("DDPM_COURSE_TIER", "cpu")
-    assert lesson_data("mnist", img_size=16).name == "digits" and "digits" in capsys.readouterr().out
+    assert (
+        lesson_data("mnist", img_size=16).name == "digits" and "digits" in capsys.readouterr().out
+    )
     fake_mnist(monkeypatch)
     assert lesson_data("mnist", img_size=16).name == "mnist"
     monkeypatch.setenv("DDPM_COURSE_TIER", "ci")
@@ -571,7 +647,9 @@ def test_lesson_data(tmp_path, monkeypatch, capsys):
 
 
 def pixels(n, seed=0):
-    return torch.randint(256, (n, 1, 4, 4), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return torch.randint(
+        256, (n, 1, 4, 4), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
 
 
 @pytest.mark.parametrize("n, size", [(10, 3), (10, 5), (10, 10), (10, 64), (1, 1)])
@@ -580,7 +658,9 @@ def test_each_image_once_an_epoch(n, size):
     b = Batches(x, list(range(n)), size, shuffle=True)
     for _ in range(2):
         got = list(b)
-        assert len(got) == len(b) and sorted(torch.cat([y for _, y in got]).tolist()) == list(range(n))
+        assert len(got) == len(b) and sorted(torch.cat([y for _, y in got]).tolist()) == list(
+            range(n)
+        )
         for im, y in got:
             assert torch.equal(im, to_float(x[y]))
     assert [y.tolist() for _, y in Batches(x, list(range(n)), size)] == [
@@ -592,7 +672,10 @@ def test_orders_differ_and_repeat():
     b = Batches(pixels(50), list(range(50)), 50, shuffle=True)
     first, second = (next(iter(b))[1].tolist() for _ in range(2))
     assert first != second and [next(b.epoch(e))[1].tolist() for e in (0, 1)] == [first, second]
-    assert next(Batches(pixels(50), list(range(50)), 50, shuffle=True, seed=1).epoch(0))[1].tolist() != first
+    assert (
+        next(Batches(pixels(50), list(range(50)), 50, shuffle=True, seed=1).epoch(0))[1].tolist()
+        != first
+    )
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4])
@@ -616,7 +699,9 @@ def test_flips_half_of_the_training_images():
     x = pixels(400)
     got = torch.cat([im for im, _ in Batches(x, None, 64, flip=True).epoch(0)])
     plain = (got == to_float(x)).flatten(1).all(1)
-    assert 0.4 < plain.float().mean() < 0.6 and torch.equal(got[~plain], to_float(x[~plain]).flip(-1))
+    assert 0.4 < plain.float().mean() < 0.6 and torch.equal(
+        got[~plain], to_float(x[~plain]).flip(-1)
+    )
 
 
 def test_to_device_keeps_bytes():
@@ -629,7 +714,12 @@ def test_to_device_keeps_bytes():
         for d in (get_dls("digits", 8, flip=True), get_dls("shapes", 8, sizes=(200, 5, 5))):
             here = list(d.train.epoch(1))
             for (x, y), (u, v) in zip(here, d.to("cuda").train.epoch(1)):
-                assert u.is_cuda and v.is_cuda and torch.equal(y, v.cpu()) and (x - u.cpu()).abs().max() < 0.01
+                assert (
+                    u.is_cuda
+                    and v.is_cuda
+                    and torch.equal(y, v.cpu())
+                    and (x - u.cpu()).abs().max() < 0.01
+                )
 
 
 def test_sizes_cap_the_parts():
@@ -644,15 +734,21 @@ def test_sizes_cap_the_parts():
 def test_shapes_do_not_depend_on_the_batch():
     i = torch.randperm(500)
     whole = draw_shapes(torch.arange(500))[0]
-    assert torch.equal(draw_shapes(i)[0], whole[i]) and torch.equal(draw_shapes(i[:1])[0], whole[i[:1]])
+    assert torch.equal(draw_shapes(i)[0], whole[i]) and torch.equal(
+        draw_shapes(i[:1])[0], whole[i[:1]]
+    )
     ds = Shapes(500)
-    assert torch.equal(torch.cat([ds.get(torch.arange(k, min(k + 7, 500))) for k in range(0, 500, 7)]), whole)
+    assert torch.equal(
+        torch.cat([ds.get(torch.arange(k, min(k + 7, 500))) for k in range(0, 500, 7)]), whole
+    )
 
 
 def test_shapes_splits_are_disjoint_and_seeded():
     d = shapes_dls(16, sizes=(300, 100, 100))
     keys = [{*pixel_keys(b.images)} for b in (d.train, d.valid, d.test)]
-    assert len(set.union(*keys)) == 500 and d.num_classes == len(SHAPES) and d.classes == list(SHAPES)
+    assert (
+        len(set.union(*keys)) == 500 and d.num_classes == len(SHAPES) and d.classes == list(SHAPES)
+    )
     assert not torch.equal(shapes_dls(16, seed=1, sizes=(3, 1, 1)).train.images, d.train.images[:3])
     assert names(get_dls("shapes")) == [50_000, 2_000, 5_000]
 
@@ -668,7 +764,11 @@ def test_captions_say_what_is_there():
             and words[1] in ("small", "large")
             and words[2] in COLOURS
         )
-        seen = {n for n, c in COLOURS.items() if (x[i] == torch.tensor(c).view(3, 1, 1)).all(0).sum() > 8}
+        seen = {
+            n
+            for n, c in COLOURS.items()
+            if (x[i] == torch.tensor(c).view(3, 1, 1)).all(0).sum() > 8
+        }
         assert seen == {w for w in words if w in COLOURS}, text
         if not scene["present"][i, 1]:
             continue
@@ -683,7 +783,11 @@ def test_captions_say_what_is_there():
             where.append(mine.mean(0))
         if len(seen) == 2:
             dy, dx = (where[1] - where[0]).tolist()
-            true = ("left of" if dx > 0 else "right of") if abs(dx) > abs(dy) else ("above" if dy > 0 else "below")
+            true = (
+                ("left of" if dx > 0 else "right of")
+                if abs(dx) > abs(dy)
+                else ("above" if dy > 0 else "below")
+            )
             assert true in text
     assert len({*captions(scene)}) > 1000
 
@@ -691,12 +795,17 @@ def test_captions_say_what_is_there():
 @pytest.mark.parametrize("size", [1, 8, 32, (48, 20), (20, 48), 128])
 def test_shapes_of_any_size(size):
     x = draw_shapes(torch.arange(20), size)[0]
-    assert x.dtype == torch.uint8 and x.shape[2:] == ((size, size) if isinstance(size, int) else size)
+    assert x.dtype == torch.uint8 and x.shape[2:] == (
+        (size, size) if isinstance(size, int) else size
+    )
     assert x.float().std() > 1
 
 
 def test_large_and_small_drawings_agree():
-    big, small = draw_shapes(torch.arange(50), 128)[0].float(), draw_shapes(torch.arange(50), 32)[0].float()
+    big, small = (
+        draw_shapes(torch.arange(50), 128)[0].float(),
+        draw_shapes(torch.arange(50), 32)[0].float(),
+    )
     down = torch.nn.functional.avg_pool2d(big, 4)
     assert (down - small).abs().mean() < 1 and (down - small).abs().max() < 100
 
@@ -710,15 +819,21 @@ def test_shapes_are_fast():
         start = time.perf_counter()
         ds.get(torch.arange(4096))
         best = max(best, 4096 / (time.perf_counter() - start))
-    assert best > 4000, f"{best:.0f} images/s"  # 20,000 and more on a machine with nothing else to do
+    # 20,000 and more on a machine with nothing else to do
+    assert best > 4000, f"{best:.0f} images/s"
 
 
 def test_import_is_light():
     import subprocess
     import sys
 
-    code = "import sys, ddpm_course.data; print([m for m in ('torchvision', 'PIL', 'sklearn', 'tqdm', 'matplotlib') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    code = (
+        "import sys, ddpm_course.data; print([m for m in ('torchvision', 'PIL', 'sklearn', 'tqdm',"
+        " 'matplotlib') if m in sys.modules])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     new = eval(out)
     base = eval(
         subprocess.run(

@@ -1,4 +1,6 @@
-"""EDM's grid, process and churn: the paper's formulas, exact variances, diffusers' schedulers, seeds, bad input."""
+"""EDM's grid, process and churn: the paper's formulas, exact variances, diffusers' schedulers,
+seeds, bad input."""
+
 import math
 
 import pytest
@@ -17,49 +19,88 @@ from ddpm_course.score import NCSN, GaussianMixture
 from ddpm_course.sde import VE, VP, time_of
 
 F64 = torch.float64
-PROCESSES = {"edm": EDM(), "vp": VP(), "ve": VE(), "ddpm": DDPM(), "cosine": DDPM(schedule="cosine"), "ncsn": NCSN(), "flow": Flow()}
+PROCESSES = {
+    "edm": EDM(),
+    "vp": VP(),
+    "ve": VE(),
+    "ddpm": DDPM(),
+    "cosine": DDPM(schedule="cosine"),
+    "ncsn": NCSN(),
+    "flow": Flow(),
+}
 
 
-def seeded(seed=3): return torch.Generator().manual_seed(seed)
-def noisy(B=4, dtype=F64, seed=0): return torch.randn(B, 3, 4, 4, generator=seeded(seed), dtype=dtype)
-def at(v, B=4): return torch.full((B,), v, dtype=F64)
-def level(process, t): return process.sigma(t) / process.alpha(t)
+def seeded(seed=3):
+    return torch.Generator().manual_seed(seed)
+
+
+def noisy(B=4, dtype=F64, seed=0):
+    return torch.randn(B, 3, 4, 4, generator=seeded(seed), dtype=dtype)
+
+
+def at(v, B=4):
+    return torch.full((B,), v, dtype=F64)
+
+
+def level(process, t):
+    return process.sigma(t) / process.alpha(t)
 
 
 def gaussian(process, c):  # the exact denoiser of N(0, c^2)
     def denoise(x, t):
         alpha, sigma = process.coeffs(t, x)
         return alpha * c**2 / (c**2 * alpha**2 + sigma**2) * x
+
     return denoise
 
 
-def net(x, clock=None, cond=None): return (x.roll(1, -1) - 0.3 * x).tanh()  # some network
+def net(x, clock=None, cond=None):
+    return (x.roll(1, -1) - 0.3 * x).tanh()  # some network
 
 
 # ---------------------------------------------------------------- the grid
-LEVELS = dict(n=st.integers(1, 60), low=st.floats(1e-4, 1), ratio=st.floats(1.5, 1e5), rho=st.floats(0.5, 20))
+LEVELS = dict(
+    n=st.integers(1, 60), low=st.floats(1e-4, 1), ratio=st.floats(1.5, 1e5), rho=st.floats(0.5, 20)
+)
 
 
 @given(**LEVELS)
 @settings(max_examples=60, deadline=None)
 def test_levels_are_even_in_the_root(n, low, ratio, rho):
     v = rho_levels(n, low * ratio, low, rho)
-    assert v.dtype == F64 and v.shape == (n,) and v[0] == pytest.approx(low * ratio) and (n == 1 or v[-1] == pytest.approx(low))
+    assert (
+        v.dtype == F64
+        and v.shape == (n,)
+        and v[0] == pytest.approx(low * ratio)
+        and (n == 1 or v[-1] == pytest.approx(low))
+    )
     assert v.min() >= low and v.max() <= low * ratio and (v.diff() <= 0).all()
     steps = (v ** (1 / rho)).diff()
-    assert n < 3 or torch.allclose(steps, steps.mean().expand(n - 1), rtol=1e-6, atol=1e-9 * (low * ratio) ** (1 / rho))
+    assert n < 3 or torch.allclose(
+        steps, steps.mean().expand(n - 1), rtol=1e-6, atol=1e-9 * (low * ratio) ** (1 / rho)
+    )
 
 
 @given(**LEVELS, k=st.floats(0.01, 100))
 @settings(max_examples=30, deadline=None)
 def test_levels_have_no_unit(n, low, ratio, rho, k):  # twice the pixel range, twice the levels
-    assert torch.allclose(rho_levels(n, k * low * ratio, k * low, rho), k * rho_levels(n, low * ratio, low, rho), rtol=1e-9, atol=0)
+    assert torch.allclose(
+        rho_levels(n, k * low * ratio, k * low, rho),
+        k * rho_levels(n, low * ratio, low, rho),
+        rtol=1e-9,
+        atol=0,
+    )
 
 
 @pytest.mark.parametrize("n", [2, 18, 79])
 def test_grid_is_equation_5(n):
     i, hi, lo = torch.arange(n, dtype=F64), 80 ** (1 / 7), 0.002 ** (1 / 7)
-    assert torch.allclose(EDM().steps(n), torch.cat([(hi + i / (n - 1) * (lo - hi)) ** 7, torch.zeros(1, dtype=F64)]), rtol=1e-12, atol=0)
+    assert torch.allclose(
+        EDM().steps(n),
+        torch.cat([(hi + i / (n - 1) * (lo - hi)) ** 7, torch.zeros(1, dtype=F64)]),
+        rtol=1e-12,
+        atol=0,
+    )
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -68,7 +109,13 @@ def test_rho_steps_visits_those_levels(name, n):
     process = PROCESSES[name]
     ts = rho_steps(process, n)
     strongest = min(80.0, level(process, at(float(process.t_max), 1)).item())
-    assert ts.dtype == F64 and len(ts) == n + 1 and ts[0] == process.t_max and ts[-1] == 0 and (ts.diff() < 0).all()
+    assert (
+        ts.dtype == F64
+        and len(ts) == n + 1
+        and ts[0] == process.t_max
+        and ts[-1] == 0
+        and (ts.diff() < 0).all()
+    )
     assert torch.allclose(level(process, ts[1:-1]), rho_levels(n, strongest)[1:], rtol=1e-6, atol=0)
 
 
@@ -105,7 +152,8 @@ def test_training_levels_are_log_normal():
     t = p.sample_t(n, generator=seeded())
     z = ((t.double().log() + 0.7) / 0.9).sort().values
     cdf = 0.5 * (1 + (z / math.sqrt(2)).erf())
-    assert (cdf - torch.arange(1, n + 1) / n).abs().max() < 1.95 / math.sqrt(n)  # Kolmogorov and Smirnov, 1 in 1000
+    # Kolmogorov and Smirnov, 1 in 1000
+    assert (cdf - torch.arange(1, n + 1) / n).abs().max() < 1.95 / math.sqrt(n)
     assert torch.equal(t, p.sample_t(n, generator=seeded())) and t.dtype == torch.float32
     wide = EDM(p_std=9.0).sample_t(2000, generator=seeded())
     assert wide.min() >= 0.002 - 1e-9 and wide.max() <= 80 and (wide == 80).any()
@@ -118,9 +166,15 @@ def test_network_sees_the_same_in_every_process():
         p = PROCESSES[name]
         t = time_of(p, v)
         theirs = Denoiser(net, p, edm_param(0.5))
-        assert torch.allclose(ours.predict(EDM().add_noise(x0, v, eps), v, None), theirs.predict(p.add_noise(x0, t, eps), t, None), atol=1e-9)
+        assert torch.allclose(
+            ours.predict(EDM().add_noise(x0, v, eps), v, None),
+            theirs.predict(p.add_noise(x0, t, eps), t, None),
+            atol=1e-9,
+        )
         assert torch.allclose(ours.target(x0, eps, v), theirs.target(x0, eps, t), atol=1e-8)
-        assert torch.allclose(ours(EDM().add_noise(x0, v, eps), v), theirs(p.add_noise(x0, t, eps), t), atol=1e-8)
+        assert torch.allclose(
+            ours(EDM().add_noise(x0, v, eps), v), theirs(p.add_noise(x0, t, eps), t), atol=1e-8
+        )
 
 
 # ---------------------------------------------------------------- churn
@@ -129,8 +183,13 @@ def test_without_noise_it_is_the_step_inside(name):
     p, x = PROCESSES[name], noisy()
     for step, where in ((churn(0.0), 0.5), (churn(0.3, low=0.6), 0.5), (churn(0.3, high=0.4), 0.5)):
         t, s = time_of(p, at(where)), time_of(p, at(0.3))
-        assert torch.allclose(step(gaussian(p, 0.5), p, x, t, s, seeded())[0], heun(gaussian(p, 0.5), p, x, t, s)[0], atol=1e-7)
-    first = torch.full((4,), float(p.t_max), dtype=F64)  # the top, infinite for Flow, is above `high`
+        assert torch.allclose(
+            step(gaussian(p, 0.5), p, x, t, s, seeded())[0],
+            heun(gaussian(p, 0.5), p, x, t, s)[0],
+            atol=1e-7,
+        )
+    # the top, infinite for Flow, is above `high`
+    first = torch.full((4,), float(p.t_max), dtype=F64)
     if level(p, first)[0] > 50:
         got, want = (f(gaussian(p, 0.5), p, x, first, s)[0] for f in (churn(0.3), heun))
         assert got.isfinite().all() and torch.allclose(got, want, atol=1e-7)
@@ -138,7 +197,8 @@ def test_without_noise_it_is_the_step_inside(name):
 
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("gamma, extra", [(0.2, 1.0), (0.41, 1.05), (3.0, 1.0)])
-def test_variance_of_one_step(name, gamma, extra):  # normal data: raise, scale, one Euler step, all known
+# normal data: raise, scale, one Euler step, all known
+def test_variance_of_one_step(name, gamma, extra):
     p, c, n = PROCESSES[name], 0.5, 40_000
     t, s = (time_of(p, at(v, 1)).expand(n) for v in (0.7, 0.4))
     (a, sig), a_s = (v[0].item() for v in (p.alpha(t), p.sigma(t))), p.alpha(s)[0].item()
@@ -156,29 +216,53 @@ def test_moments_of_samples(name):
     p, n = PROCESSES[name], 4000
     mix = GaussianMixture(torch.tensor([[0.8, 0.2], [-0.5, -0.3]], dtype=F64), 0.15, [0.3, 0.7])
     x = p.init_noise((n, 2), generator=seeded()).double()
-    out = sample(mix.denoiser(p), p, x, rho_steps(p, 40), churn(0.2, extra=1.0), generator=seeded(1))
+    out = sample(
+        mix.denoiser(p), p, x, rho_steps(p, 40), churn(0.2, extra=1.0), generator=seeded(1)
+    )
     want = 0.7 * mix.means[1] + 0.3 * mix.means[0]
     std = math.sqrt(0.3 * 0.7 * 1.3**2 + 0.15**2)
-    assert abs(out[:, 0].mean() - want[0]) < 4 * std / math.sqrt(n) + 0.01 and abs(out[:, 0].std() - std) < 0.03
+    assert (
+        abs(out[:, 0].mean() - want[0]) < 4 * std / math.sqrt(n) + 0.01
+        and abs(out[:, 0].std() - std) < 0.03
+    )
     assert abs((out[:, 0] > 0.15).double().mean() - 0.3) < 4 * math.sqrt(0.21 / n) + 0.01
 
 
 def test_levels_of_one_batch_may_differ_and_seeds_belong_to_examples():
     p, x = EDM(), noisy(6)
-    t, s = torch.tensor([60.0, 10, 1, 0.5, 0.04, 0.01], dtype=F64), torch.tensor([40.0, 5, 0.5, 0.0, 0.01, 0.0], dtype=F64)
+    t, s = torch.tensor([60.0, 10, 1, 0.5, 0.04, 0.01], dtype=F64), torch.tensor(
+        [40.0, 5, 0.5, 0.0, 0.01, 0.0], dtype=F64
+    )
     together = churn(0.2)(gaussian(p, 0.5), p, x, t, s, example_generators(0, 6))[0]
     for i in range(6):
-        alone = churn(0.2)(gaussian(p, 0.5), p, x[i : i + 1], t[i : i + 1], s[i : i + 1], example_generators(0, 1, i))[0]
+        alone = churn(0.2)(
+            gaussian(p, 0.5),
+            p,
+            x[i : i + 1],
+            t[i : i + 1],
+            s[i : i + 1],
+            example_generators(0, 1, i),
+        )[0]
         assert torch.allclose(together[i], alone[0], atol=1e-9)
     for i in (0, 4, 5):  # outside 0.05..50
         assert torch.allclose(together[i], heun(gaussian(p, 0.5), p, x, t, s)[0][i], atol=1e-12)
 
 
 def test_the_step_inside_gets_the_generator():
-    def step(denoise, process, x, t, s, generator=None, **kw): return euler(denoise, process, x, t, s, eta=1.0, generator=generator)
-    def run(): return churn(0.1, step=step)(gaussian(EDM(), 0.5), EDM(), noisy(), at(1.0), at(0.5), seeded())[0]
+    def step(denoise, process, x, t, s, generator=None, **kw):
+        return euler(denoise, process, x, t, s, eta=1.0, generator=generator)
+
+    def run():
+        return churn(0.1, step=step)(
+            gaussian(EDM(), 0.5), EDM(), noisy(), at(1.0), at(0.5), seeded()
+        )[0]
+
     assert torch.equal(run(), run())
-    assert make_step("churn")(gaussian(EDM(), 0.5), EDM(), noisy(), at(1.0), at(0.5), seeded())[0].isfinite().all()
+    assert (
+        make_step("churn")(gaussian(EDM(), 0.5), EDM(), noisy(), at(1.0), at(0.5), seeded())[0]
+        .isfinite()
+        .all()
+    )
 
 
 # ---------------------------------------------------------------- parity with diffusers
@@ -195,10 +279,23 @@ def test_like_diffusers_edm_euler(n, s_churn):
     for i, t in enumerate(scheduler.timesteps):  # their scheduler divides s_churn by n, too
         v, w = scheduler.sigmas[i : i + 2].double()
         F = net(scheduler.scale_model_input(x, t))
-        if s_churn and 0.05 <= v <= 50:  # the network is asked at the raised level; theirs is not: say what ours will hear
-            want = scheduler.step(F, t, x, s_churn=s_churn, s_tmin=0.05, s_tmax=50.0, s_noise=1.003, generator=seeded(i)).prev_sample
+        # the network is asked at the raised level; theirs is not: say what ours will hear
+        if s_churn and 0.05 <= v <= 50:
+            want = scheduler.step(
+                F,
+                t,
+                x,
+                s_churn=s_churn,
+                s_tmin=0.05,
+                s_tmax=50.0,
+                s_noise=1.003,
+                generator=seeded(i),
+            ).prev_sample
             raised = v * (1 + min(s_churn / n, math.sqrt(2) - 1))
-            def denoise(x, t, F=F, raised=raised): return scheduler.precondition_outputs(x, F, raised).to(x)
+
+            def denoise(x, t, F=F, raised=raised):
+                return scheduler.precondition_outputs(x, F, raised).to(x)
+
         else:
             want, denoise = scheduler.step(F, t, x).prev_sample, model
         got = ours(denoise, EDM(), x, at(v.item()), at(w.item()), seeded(i))[0]
@@ -211,11 +308,18 @@ def test_like_diffusers_heun_on_the_karras_grid(n):
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.HeunDiscreteScheduler(1000, 1e-4, 0.02, "linear", use_karras_sigmas=True)
     scheduler.set_timesteps(n)
-    sigmas, (hi, lo) = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]]), level(DDPM(), torch.tensor([1000, 1]))
+    sigmas, (hi, lo) = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]]), level(
+        DDPM(), torch.tensor([1000, 1])
+    )
     grid = torch.cat([rho_levels(n, hi.item(), lo.item()), torch.zeros(1)])
-    assert torch.allclose(sigmas.double(), grid, rtol=1e-4, atol=0)  # their table of abar is float32
+    # their table of abar is float32
+    assert torch.allclose(sigmas.double(), grid, rtol=1e-4, atol=0)
     ours = rho_steps(DDPM(), n, sigma_min=lo.item(), sigma_max=hi.item() - 1e-9)
-    assert (ours[1:-1] - 1 - torch.cat([scheduler.timesteps[:1], scheduler.timesteps[1::2]])[1:].double()).abs().max() < 0.6  # they interpolate log sigma
+    assert (
+        ours[1:-1]
+        - 1
+        - torch.cat([scheduler.timesteps[:1], scheduler.timesteps[1::2]])[1:].double()
+    ).abs().max() < 0.6  # they interpolate log sigma
     model = Denoiser(net, EDM(sigma_max=200.0), eps_param)
     x, B = hi.item() * noisy(dtype=torch.float32), 4
     times = iter(scheduler.timesteps)
@@ -237,7 +341,8 @@ def test_like_diffusers_euler_on_the_karras_grid(n):  # their x is ours over alp
     for i, t in enumerate(scheduler.timesteps):
         x = scheduler.sigmas[i] * noisy(dtype=torch.float32)
         now, then = (time_of(p, at(v.item())) for v in scheduler.sigmas[i : i + 2])
-        if i + 1 == n: then = at(0.0)
+        if i + 1 == n:
+            then = at(0.0)
         (a, _), (a_s, _) = p.coeffs(now, x), p.coeffs(then, x)
         want = scheduler.step(net(scheduler.scale_model_input(x, t)), t, x).prev_sample
         got = euler(Denoiser(net, p, eps_param), p, x * a, now, then)[0] / a_s
@@ -245,20 +350,23 @@ def test_like_diffusers_euler_on_the_karras_grid(n):  # their x is ours over alp
 
 
 # ---------------------------------------------------------------- bad input
-@pytest.mark.parametrize("f, says", [
-    (lambda: rho_levels(0), "at least 1 step, not 0"),
-    (lambda: rho_levels(5, rho=0), "rho is above 0"),
-    (lambda: rho_levels(5, rho=float("nan")), "rho is above 0"),
-    (lambda: rho_levels(5, 0.002, 80), "0 < sigma_min < sigma_max"),
-    (lambda: rho_levels(5, 80, 0.0), "0 < sigma_min"),
-    (lambda: EDM(80, 0.002), "0 < sigma_min < sigma_max"),
-    (lambda: EDM(rho=-7), "rho is above 0"),
-    (lambda: EDM().steps(0), "at least 1 step"),
-    (lambda: rho_steps(DDPM(), 0), "at least 1 step"),
-    (lambda: rho_steps(DDPM(), 5, sigma_max=0.001), "0 < sigma_min < sigma_max"),
-    (lambda: churn(-0.1), "gamma is a share"),
-    (lambda: churn(float("nan")), "gamma is a share"),
-])
+@pytest.mark.parametrize(
+    "f, says",
+    [
+        (lambda: rho_levels(0), "at least 1 step, not 0"),
+        (lambda: rho_levels(5, rho=0), "rho is above 0"),
+        (lambda: rho_levels(5, rho=float("nan")), "rho is above 0"),
+        (lambda: rho_levels(5, 0.002, 80), "0 < sigma_min < sigma_max"),
+        (lambda: rho_levels(5, 80, 0.0), "0 < sigma_min"),
+        (lambda: EDM(80, 0.002), "0 < sigma_min < sigma_max"),
+        (lambda: EDM(rho=-7), "rho is above 0"),
+        (lambda: EDM().steps(0), "at least 1 step"),
+        (lambda: rho_steps(DDPM(), 0), "at least 1 step"),
+        (lambda: rho_steps(DDPM(), 5, sigma_max=0.001), "0 < sigma_min < sigma_max"),
+        (lambda: churn(-0.1), "gamma is a share"),
+        (lambda: churn(float("nan")), "gamma is a share"),
+    ],
+)
 def test_errors(f, says):
     with pytest.raises(ValueError, match=says):
         f()

@@ -1,4 +1,6 @@
-"""What holds for every family at once: the processes of model.PROCESSES, each prediction they can carry, each sampler that can walk them."""
+"""What holds for every family at once: the processes of model.PROCESSES, each prediction they can
+carry, each sampler that can walk them."""
+
 import ast
 import copy
 import importlib
@@ -14,17 +16,37 @@ from torch import nn
 
 import ddpm_course
 from ddpm_course.denoiser import PARAMS, Denoiser
-from ddpm_course.model import PROCESSES, SAMPLERS, make_param, make_process, make_step, param_misfit, step_misfit
+from ddpm_course.model import (
+    PROCESSES,
+    SAMPLERS,
+    make_param,
+    make_process,
+    make_step,
+    param_misfit,
+    step_misfit,
+)
 from ddpm_course.process import Process, Times
 from ddpm_course.sampling import sample
 
 F64 = torch.float64
-OTHER = dict(ddpm=dict(T=50, schedule="sigmoid", tau=0.9), ncsn=dict(L=30, sigma_min=0.02, sigma_max=20.0), vp=dict(beta_min=0.2, beta_max=15.0),
-             sub_vp=dict(beta_min=0.2, beta_max=15.0), ve=dict(sigma_min=0.02, sigma_max=30.0),
-             edm=dict(sigma_min=0.01, sigma_max=40.0, rho=5.0, p_mean=-1.0, p_std=1.0), flow=dict(times="logit_normal"))
-ALL = {name: (name, {}) for name in PROCESSES} | {f"{name}, other settings": (name, kw) for name, kw in OTHER.items()} | {"ddpm, cosine": ("ddpm", dict(schedule="cosine"))}
+OTHER = dict(
+    ddpm=dict(T=50, schedule="sigmoid", tau=0.9),
+    ncsn=dict(L=30, sigma_min=0.02, sigma_max=20.0),
+    vp=dict(beta_min=0.2, beta_max=15.0),
+    sub_vp=dict(beta_min=0.2, beta_max=15.0),
+    ve=dict(sigma_min=0.02, sigma_max=30.0),
+    edm=dict(sigma_min=0.01, sigma_max=40.0, rho=5.0, p_mean=-1.0, p_std=1.0),
+    flow=dict(times="logit_normal"),
+)
+ALL = (
+    {name: (name, {}) for name in PROCESSES}
+    | {f"{name}, other settings": (name, kw) for name, kw in OTHER.items()}
+    | {"ddpm, cosine": ("ddpm", dict(schedule="cosine"))}
+)
 PREDICTIONS = [*PARAMS, "edm"]
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+DEVICES = (
+    ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+)
 
 
 @pytest.fixture(params=ALL)
@@ -33,17 +55,35 @@ def process(request):
     return make_process(name, **kw)
 
 
-def seeded(n=0): return torch.Generator().manual_seed(n)
-def times(process, n=200): return process.t_max * torch.arange(n + 1, dtype=F64) / n  # 0 to t_max
-def close(a, b, tol=1e-12, **kw): torch.testing.assert_close(a, b, rtol=tol, atol=tol, **kw)
+def seeded(n=0):
+    return torch.Generator().manual_seed(n)
+
+
+def times(process, n=200):
+    return process.t_max * torch.arange(n + 1, dtype=F64) / n  # 0 to t_max
+
+
+def close(a, b, tol=1e-12, **kw):
+    torch.testing.assert_close(a, b, rtol=tol, atol=tol, **kw)
 
 
 # ---------------------------------------------------------------- the road: alpha, sigma, clock
 def test_every_process_of_the_course_is_named_once():
-    "A process that is written but not in PROCESSES could not be saved, nor asked for on the command line."
-    modules = [importlib.import_module(f"ddpm_course.{where.split('.')[0]}") for where in PROCESSES.values()]
-    written = {v for m in modules for v in vars(m).values() if isinstance(v, type) and issubclass(v, Process) and v is not Process}
-    assert written == {type(make_process(name)) for name in PROCESSES} and set(OTHER) == set(PROCESSES)
+    """A process that is written but not in PROCESSES could not be saved, nor asked for on the
+    command line."""
+    modules = [
+        importlib.import_module(f"ddpm_course.{where.split('.')[0]}")
+        for where in PROCESSES.values()
+    ]
+    written = {
+        v
+        for m in modules
+        for v in vars(m).values()
+        if isinstance(v, type) and issubclass(v, Process) and v is not Process
+    }
+    assert written == {type(make_process(name)) for name in PROCESSES} and set(OTHER) == set(
+        PROCESSES
+    )
 
 
 def test_data_at_0_and_noise_that_only_grows(process):
@@ -52,21 +92,40 @@ def test_data_at_0_and_noise_that_only_grows(process):
     assert alpha[0] == 1 and sigma[0] == 0 and alpha.dtype == sigma.dtype == F64
     assert (alpha.diff() <= 0).all() and (alpha >= 0).all() and (sigma.diff() > 0).all()
     snr = process.snr(t)
-    assert snr[0] == math.inf and (snr.diff()[1:] < 0).all() and snr[-1] < 0.01, "at the end there is (almost) only noise"
+    assert (
+        snr[0] == math.inf and (snr.diff()[1:] < 0).all() and snr[-1] < 0.01
+    ), "at the end there is (almost) only noise"
 
 
 def test_the_clock_runs_from_0_to_1000_and_never_back(process):
     clock = process.clock(times(process))
-    assert clock.isfinite().all() and clock[0] == 0 and clock[-1] == pytest.approx(1000) and (clock.diff() >= 0).all()
-    trained = process.clock(process.sample_t(500, generator=seeded()).double().sort().values.unique())
-    assert trained.min() >= 0 and trained.max() <= 1000 and (trained.diff() > 0).float().mean() > 0.95, "times that are trained can be told apart"
+    assert (
+        clock.isfinite().all()
+        and clock[0] == 0
+        and clock[-1] == pytest.approx(1000)
+        and (clock.diff() >= 0).all()
+    )
+    trained = process.clock(
+        process.sample_t(500, generator=seeded()).double().sort().values.unique()
+    )
+    assert (
+        trained.min() >= 0 and trained.max() <= 1000 and (trained.diff() > 0).float().mean() > 0.95
+    ), "times that are trained can be told apart"
 
 
 def test_training_times_are_above_0_and_come_from_a_generator(process):
     a, b, c = (process.sample_t(4000, generator=seeded(s)) for s in (0, 0, 1))
-    assert a.shape == (4000,) and (a > 0).all() and (a <= process.t_max).all() and torch.equal(a, b) and not torch.equal(a, c)
+    assert (
+        a.shape == (4000,)
+        and (a > 0).all()
+        and (a <= process.t_max).all()
+        and torch.equal(a, b)
+        and not torch.equal(a, c)
+    )
     clock = process.clock(a.double())
-    assert clock.quantile(0.02) < 420 and clock.quantile(0.98) > 580 and clock.std() > 80, "they reach low and high noise"
+    assert (
+        clock.quantile(0.02) < 420 and clock.quantile(0.98) > 580 and clock.std() > 80
+    ), "they reach low and high noise"
     assert len(process.sample_t(3)) == 3
 
 
@@ -74,13 +133,19 @@ def test_training_times_are_above_0_and_come_from_a_generator(process):
 def test_sampling_times_fall_from_the_end_to_0(process, n):
     ts = process.steps(n)
     assert ts.shape == (n + 1,) and (ts.diff() < 0).all() and ts[-1] == 0
-    assert ts[0].item() == pytest.approx(process.t_max, rel=1e-12) and process.sigma(ts[:-1]).gt(0).all()
-    with pytest.raises(ValueError, match="not 0"): process.steps(0)
+    assert (
+        ts[0].item() == pytest.approx(process.t_max, rel=1e-12)
+        and process.sigma(ts[:-1]).gt(0).all()
+    )
+    with pytest.raises(ValueError, match="not 0"):
+        process.steps(0)
 
 
 def test_start_noise_is_that_of_the_end_and_the_same_for_all(process):
     "One seed, one noise: families can be compared from the same start."
-    x, one = process.init_noise((2, 5000), generator=seeded(3)), torch.randn(2, 5000, generator=seeded(3))
+    x, one = process.init_noise((2, 5000), generator=seeded(3)), torch.randn(
+        2, 5000, generator=seeded(3)
+    )
     end = process.sigma(torch.tensor([float(process.t_max)], dtype=F64)).item()
     close(x, one * end, 1e-6)
     assert x.std().item() == pytest.approx(end, rel=0.03)
@@ -94,15 +159,24 @@ def test_shares_come_in_the_type_and_shape_of_the_data(process):
             got = process.coeffs(t, torch.ones(shape, dtype=dtype))
             for g, w in zip(got, want):
                 assert g.dtype == dtype and g.shape == (3,) + (1,) * (len(shape) - 1)
-                close(g.double().flatten(), w, max(4 * torch.finfo(dtype).eps, 1e-6 if t.dtype == torch.float32 else 0), msg=lambda m: f"{dtype}: {m}")
-    with pytest.raises(ValueError, match="to_float"): process.coeffs(t, torch.ones(3, 2, dtype=torch.uint8))
+                close(
+                    g.double().flatten(),
+                    w,
+                    max(4 * torch.finfo(dtype).eps, 1e-6 if t.dtype == torch.float32 else 0),
+                    msg=lambda m: f"{dtype}: {m}",
+                )
+    with pytest.raises(ValueError, match="to_float"):
+        process.coeffs(t, torch.ones(3, 2, dtype=torch.uint8))
 
 
 # ---------------------------------------------------------------- written down, cast, moved
 def same(a, b):
     t = times(b)
-    for f in ("alpha", "sigma", "clock"): assert torch.equal(getattr(a, f)(t), getattr(b, f)(t)), f
-    assert torch.equal(a.steps(9), b.steps(9)) and torch.equal(a.sample_t(50, generator=seeded()), b.sample_t(50, generator=seeded()))
+    for f in ("alpha", "sigma", "clock"):
+        assert torch.equal(getattr(a, f)(t), getattr(b, f)(t)), f
+    assert torch.equal(a.steps(9), b.steps(9)) and torch.equal(
+        a.sample_t(50, generator=seeded()), b.sample_t(50, generator=seeded())
+    )
     assert type(a) is type(b) and a.config == b.config and a.t_max == b.t_max
 
 
@@ -114,18 +188,41 @@ def test_a_process_comes_back_from_json(process):
 @pytest.mark.parametrize("how", ["half", "bfloat16", "to", "deepcopy", "pickle", "inside a model"])
 def test_casts_and_copies_lose_nothing(process, how):
     fresh = make_process(**process.config)
-    cast = dict(half=lambda m: m.half(), bfloat16=lambda m: m.bfloat16(), to=lambda m: m.to("cpu", torch.float16), deepcopy=copy.deepcopy,
-                pickle=lambda m: pickle.loads(pickle.dumps(m)))
-    same(nn.Sequential(nn.Linear(1, 1), process).half()[1] if how == "inside a model" else cast[how](process), fresh)
-    assert process.state_dict() == {} and not list(process.parameters()), "nothing to store, nothing to train"
+    cast = dict(
+        half=lambda m: m.half(),
+        bfloat16=lambda m: m.bfloat16(),
+        to=lambda m: m.to("cpu", torch.float16),
+        deepcopy=copy.deepcopy,
+        pickle=lambda m: pickle.loads(pickle.dumps(m)),
+    )
+    same(
+        (
+            nn.Sequential(nn.Linear(1, 1), process).half()[1]
+            if how == "inside a model"
+            else cast[how](process)
+        ),
+        fresh,
+    )
+    assert process.state_dict() == {} and not list(
+        process.parameters()
+    ), "nothing to store, nothing to train"
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_on_any_device(process, device):
     x, p = torch.ones(4, 1, 2, 2), copy.deepcopy(process).to(device)
     t = process.sample_t(4, generator=seeded())
-    close(p.add_noise(x.to(device), t.to(device), x.to(device)).cpu(), process.add_noise(x, t, x), 1e-5)
-    assert p.sample_t(3, device).device.type == p.steps(3, device).device.type == p.init_noise((2, 3), device).device.type == device
+    close(
+        p.add_noise(x.to(device), t.to(device), x.to(device)).cpu(),
+        process.add_noise(x, t, x),
+        1e-5,
+    )
+    assert (
+        p.sample_t(3, device).device.type
+        == p.steps(3, device).device.type
+        == p.init_noise((2, 3), device).device.type
+        == device
+    )
 
 
 # ---------------------------------------------------------------- what a network may predict
@@ -134,17 +231,34 @@ M, C = 0.3, 0.4  # mean and standard deviation of normal data
 
 
 def test_the_pairs_are_those_of_the_papers():
-    "DESIGN.md, section 2: x0 and EDM's mix go with all, eps and score where alpha is above 0, v on a circle, velocity on a line."
-    for p in PROCESSES: assert {(p, "x0"), (p, "edm")} <= set(PAIRS)
-    assert {p for p, k in PAIRS if k == "v"} == {"ddpm", "vp"} and {p for p, k in PAIRS if k == "velocity"} == {"flow"}
-    assert {p for p, k in PAIRS if k == "eps"} == {p for p, k in PAIRS if k == "score"} == set(PROCESSES) - {"flow"}
+    """DESIGN.md, section 2: x0 and EDM's mix go with all, eps and score where alpha is above 0, v
+    on a circle, velocity on a line."""
+    for p in PROCESSES:
+        assert {(p, "x0"), (p, "edm")} <= set(PAIRS)
+    assert {p for p, k in PAIRS if k == "v"} == {"ddpm", "vp"} and {
+        p for p, k in PAIRS if k == "velocity"
+    } == {"flow"}
+    assert (
+        {p for p, k in PAIRS if k == "eps"}
+        == {p for p, k in PAIRS if k == "score"}
+        == set(PROCESSES) - {"flow"}
+    )
 
 
-def target_shares(name, alpha, sigma):  # of x0 and eps in what the network should say, as the papers define it
+# of x0 and eps in what the network should say, as the papers define it
+def target_shares(name, alpha, sigma):
     one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
     rest = sigma**2 / (0.25 + sigma**2)
-    return dict(eps=(zero, one), x0=(one, zero), v=(-sigma, alpha), score=(zero, -one), velocity=(-one, one),
-                edm=(rest * (0.25 + sigma**2) ** 0.5 / (0.5 * sigma), -0.5 / (0.25 + sigma**2) ** 0.5))[name]  # alpha = 1, sigma_data = 0.5
+    return dict(
+        eps=(zero, one),
+        x0=(one, zero),
+        v=(-sigma, alpha),
+        score=(zero, -one),
+        velocity=(-one, one),
+        edm=(rest * (0.25 + sigma**2) ** 0.5 / (0.5 * sigma), -0.5 / (0.25 + sigma**2) ** 0.5),
+    )[
+        name
+    ]  # alpha = 1, sigma_data = 0.5
 
 
 @pytest.mark.parametrize("p, k", PAIRS)
@@ -152,32 +266,47 @@ def test_the_network_learns_what_the_name_says(p, k):
     process = make_process(p)
     t = times(process, 40)[1:]
     alpha, sigma = process.alpha(t)[:, None], process.sigma(t)[:, None]
-    if k == "edm" and not (alpha == 1).all(): return  # the paper's formula is for alpha = 1
-    d, x0, eps = Denoiser(nn.Identity(), process, make_param(k)), torch.randn(40, 3, generator=seeded(), dtype=F64), torch.randn(40, 3, generator=seeded(1), dtype=F64)
+    if k == "edm" and not (alpha == 1).all():
+        return  # the paper's formula is for alpha = 1
+    d, x0, eps = (
+        Denoiser(nn.Identity(), process, make_param(k)),
+        torch.randn(40, 3, generator=seeded(), dtype=F64),
+        torch.randn(40, 3, generator=seeded(1), dtype=F64),
+    )
     of_x0, of_eps = target_shares(k, alpha, sigma)
     close(d.target(x0, eps, t), of_x0 * x0 + of_eps * eps, 1e-9)
 
 
 class Wave(nn.Module):  # some network: not linear, and it reads its clock
-    def forward(self, x, clock, cond=None): return (2 * x).sin() + clock.reshape(-1, *[1] * (x.ndim - 1)) / 1000
+    def forward(self, x, clock, cond=None):
+        return (2 * x).sin() + clock.reshape(-1, *[1] * (x.ndim - 1)) / 1000
 
 
 @pytest.mark.parametrize("p, k", PAIRS)
 def test_every_loss_is_the_error_of_the_clean_image_in_units_of_c_out(p, k):
     process = make_process(p)
-    d, x0, eps = Denoiser(Wave(), process, make_param(k)), torch.rand(64, 5, generator=seeded(), dtype=F64) * 2 - 1, torch.randn(64, 5, generator=seeded(1), dtype=F64)
+    d, x0, eps = (
+        Denoiser(Wave(), process, make_param(k)),
+        torch.rand(64, 5, generator=seeded(), dtype=F64) * 2 - 1,
+        torch.randn(64, 5, generator=seeded(1), dtype=F64),
+    )
     t = process.sample_t(64, generator=seeded(2)).double()
     off = d(process.add_noise(x0, t, eps), t) - x0
     want = off.pow(2).mean(1) / d.scales(t)[1] ** 2
     torch.testing.assert_close(d.loss(x0, t=t, eps=eps), want, rtol=1e-6, atol=1e-9)
     drawn = d.loss(x0, generator=seeded(3))
-    assert drawn.shape == (64,) and drawn.isfinite().all() and torch.equal(drawn, d.loss(x0, generator=seeded(3)))
+    assert (
+        drawn.shape == (64,)
+        and drawn.isfinite().all()
+        and torch.equal(drawn, d.loss(x0, generator=seeded(3)))
+    )
 
 
 def gaussian(process):  # the best denoiser of N(M, C^2)
     def denoise(x, t):
         alpha, sigma = process.coeffs(t, x)
         return M + alpha * C**2 / (C**2 * alpha**2 + sigma**2) * (x - alpha * M)
+
     return denoise
 
 
@@ -185,14 +314,20 @@ class Straight(nn.Module):  # the best of all networks for normal data is one of
     def __init__(self, a, b):
         super().__init__()
         self.a, self.b = a, b
-    def forward(self, x, clock, cond=None): return self.a + self.b * x
+
+    def forward(self, x, clock, cond=None):
+        return self.a + self.b * x
 
 
 @pytest.mark.parametrize("p, k", PAIRS)
 def test_the_least_loss_is_that_of_the_best_denoiser(p, k, n=40_000):
-    "Least squares on what the network is shown and told, at one time: the denoiser around it is the exact one, within five standard errors."
+    """Least squares on what the network is shown and told, at one time: the denoiser around it is
+    the exact one, within five standard errors."""
     process = make_process(p)
-    x0, eps = (torch.randn(n, 1, generator=seeded(i), dtype=F64) * s + m for i, s, m in ((0, C, M), (1, 1, 0)))
+    x0, eps = (
+        torch.randn(n, 1, generator=seeded(i), dtype=F64) * s + m
+        for i, s, m in ((0, C, M), (1, 1, 0))
+    )
     for t in process.steps(10)[[0, 3, 6, 9]].double():
         t = t.clamp(max=process.t_max)
         blank = Denoiser(nn.Identity(), process, make_param(k))
@@ -200,19 +335,38 @@ def test_the_least_loss_is_that_of_the_best_denoiser(p, k, n=40_000):
         c_skip, c_out, c_in = (c.item() for c in blank.scales(t))
         shown = torch.cat([torch.ones_like(x_t), c_in * x_t], 1)
         a, b = torch.linalg.lstsq(shown, blank.target(x0, eps, t.expand(n))).solution.flatten()
-        learned, grid = Denoiser(Straight(a, b), process, make_param(k)), x_t.mean() + x_t.std() * torch.linspace(-2, 2, 5, dtype=F64)[:, None]
+        learned, grid = (
+            Denoiser(Straight(a, b), process, make_param(k)),
+            x_t.mean() + x_t.std() * torch.linspace(-2, 2, 5, dtype=F64)[:, None],
+        )
         alpha, sigma = process.alpha(t).item(), process.sigma(t).item()
-        error = C * sigma / (alpha**2 * C**2 + sigma**2) ** 0.5 / n**0.5 * 5**0.5  # of a line fitted to n points, two deviations from their mean
+        # of a line fitted to n points, two deviations from their mean
+        error = C * sigma / (alpha**2 * C**2 + sigma**2) ** 0.5 / n**0.5 * 5**0.5
         assert (learned(grid, t) - gaussian(process)(grid, t)).abs().max() < 5 * error
         best = learned.loss(x0, t=t.expand(n), eps=eps).mean()
         for da, db in ((0.1, 0), (-0.1, 0), (0, 0.1), (0, -0.1)):
-            assert Denoiser(Straight(a + da, b + db / c_in / x_t.std()), process, make_param(k)).loss(x0, t=t.expand(n), eps=eps).mean() > best
+            assert (
+                Denoiser(Straight(a + da, b + db / c_in / x_t.std()), process, make_param(k))
+                .loss(x0, t=t.expand(n), eps=eps)
+                .mean()
+                > best
+            )
 
 
 # ---------------------------------------------------------------- every sampler on every process
-LIMITS = dict(  # steps, how far mean and standard deviation (0.3 and 0.4 in the data) may be off; sampling error of 4,000 points: 0.006 and 0.0045
-    euler=(100, 0.02, 0.035), ancestral=(100, 0.03, 0.045), heun=(50, 0.02, 0.02), langevin=(200, 0.05, 0.11), euler_maruyama=(100, 0.03, 0.04),
-    predictor_corrector=(100, 0.03, 0.04), churn=(25, 0.03, 0.05), dpmpp_2m=(40, 0.02, 0.03), unipc=(40, 0.02, 0.03))
+# steps, how far mean and standard deviation (0.3 and 0.4 in the data) may be off; sampling error of
+# 4,000 points: 0.006 and 0.0045
+LIMITS = dict(
+    euler=(100, 0.02, 0.035),
+    ancestral=(100, 0.03, 0.045),
+    heun=(50, 0.02, 0.02),
+    langevin=(200, 0.05, 0.11),
+    euler_maruyama=(100, 0.03, 0.04),
+    predictor_corrector=(100, 0.03, 0.04),
+    churn=(25, 0.03, 0.05),
+    dpmpp_2m=(40, 0.02, 0.03),
+    unipc=(40, 0.02, 0.03),
+)
 
 
 @pytest.mark.parametrize("s", SAMPLERS)
@@ -221,90 +375,191 @@ def test_every_sampler_draws_normal_data_on_every_process(s):
     for p in PROCESSES:
         process = make_process(p)
         if step_misfit(process, s):
-            assert p == "flow" and s in ("langevin", "euler_maruyama", "predictor_corrector"), f"{s} on {p}: {step_misfit(process, s)}"
+            assert p == "flow" and s in (
+                "langevin",
+                "euler_maruyama",
+                "predictor_corrector",
+            ), f"{s} on {p}: {step_misfit(process, s)}"
             continue
         x = process.init_noise((4000, 1), generator=seeded(0)).double()
-        x = sample(gaussian(process), process, x, process.steps(n), make_step(s), generator=seeded(1))
-        assert abs(x.mean().item() - M) < of_mean and abs(x.std().item() - C) < of_std, f"{s} on {p}: mean {x.mean():.3f}, standard deviation {x.std():.3f}"
+        x = sample(
+            gaussian(process), process, x, process.steps(n), make_step(s), generator=seeded(1)
+        )
+        assert (
+            abs(x.mean().item() - M) < of_mean and abs(x.std().item() - C) < of_std
+        ), f"{s} on {p}: mean {x.mean():.3f}, standard deviation {x.std():.3f}"
         walked.append(p)
     assert set(PROCESSES) - set(walked) <= {"flow"}
 
 
-def test_samplers_have_limits_here(): assert set(LIMITS) == set(SAMPLERS)
+def test_samplers_have_limits_here():
+    assert set(LIMITS) == set(SAMPLERS)
 
 
 # ---------------------------------------------------------------- one implementation of each idea
-SOURCES = {p.name: p.read_text(encoding="utf-8") for p in sorted(Path(ddpm_course.__file__).parent.glob("*.py")) if p.name != "_modidx.py"}
+SOURCES = {
+    p.name: p.read_text(encoding="utf-8")
+    for p in sorted(Path(ddpm_course.__file__).parent.glob("*.py"))
+    if p.name != "_modidx.py"
+}
 
 
 def asks_what_a_process_is(source: str) -> list:
     "Lines that ask for the type or the name of a process, in place of its alpha and sigma."
     classes, found = {"Process", "Times", *(w.split(".")[1] for w in PROCESSES.values())}, []
-    def names(node): return {getattr(n, "id", getattr(n, "attr", None)) for n in ast.walk(node)}
+
+    def names(node):
+        return {getattr(n, "id", getattr(n, "attr", None)) for n in ast.walk(node)}
+
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass", "hasattr", "getattr"):
-            asked = names(node.args[1]) & classes or "process" in names(node.args[0]) and "str" not in names(node.args[1])  # a name is no process yet
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
+            "isinstance",
+            "issubclass",
+            "hasattr",
+            "getattr",
+        ):
+            asked = (
+                names(node.args[1]) & classes
+                or "process" in names(node.args[0])
+                and "str" not in names(node.args[1])
+            )  # a name is no process yet
         elif isinstance(node, ast.Compare):  # type(process) is VP, process.config["name"] == "flow", type(process).__name__ == ...
             sides = [node.left, *node.comparators]
-            calls = any(isinstance(n, ast.Call) and getattr(n.func, "id", "") == "type" for s in sides for n in ast.walk(s))
+            calls = any(
+                isinstance(n, ast.Call) and getattr(n.func, "id", "") == "type"
+                for s in sides
+                for n in ast.walk(s)
+            )
             named = any(isinstance(s, ast.Constant) and s.value in PROCESSES for s in sides)
-            asked = (calls and any(names(s) & (classes | {"process"}) for s in sides)) or (named and any("process" in names(s) for s in sides))
-        elif isinstance(node, ast.MatchClass): asked = names(node.cls) & classes
-        else: continue
-        if asked: found.append(ast.unparse(node))
+            asked = (calls and any(names(s) & (classes | {"process"}) for s in sides)) or (
+                named and any("process" in names(s) for s in sides)
+            )
+        elif isinstance(node, ast.MatchClass):
+            asked = names(node.cls) & classes
+        else:
+            continue
+        if asked:
+            found.append(ast.unparse(node))
     return found
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_nobody_asks_what_kind_of_process_it_is(name): assert asks_what_a_process_is(SOURCES[name]) == []
+def test_nobody_asks_what_kind_of_process_it_is(name):
+    assert asks_what_a_process_is(SOURCES[name]) == []
 
 
-@pytest.mark.parametrize("line", ["isinstance(process, VE)", "isinstance(p, (sde.VP, int))", "issubclass(type(p), Process)", "type(self.process) is Flow", "hasattr(process, 'betas')",
-                                  "diff.process.config['name'] == 'flow'", "type(process).__name__ == 'EDM'", "match p:\n case VP(): pass", "getattr(self.process, 'T', 5)"])
-def test_the_rule_against_it_finds_it(line): assert asks_what_a_process_is(line)
+@pytest.mark.parametrize(
+    "line",
+    [
+        "isinstance(process, VE)",
+        "isinstance(p, (sde.VP, int))",
+        "issubclass(type(p), Process)",
+        "type(self.process) is Flow",
+        "hasattr(process, 'betas')",
+        "diff.process.config['name'] == 'flow'",
+        "type(process).__name__ == 'EDM'",
+        "match p:\n case VP(): pass",
+        "getattr(self.process, 'T', 5)",
+    ],
+)
+def test_the_rule_against_it_finds_it(line):
+    assert asks_what_a_process_is(line)
 
 
-@pytest.mark.parametrize("line", ["isinstance(x, Tensor)", "isinstance(process, str)", "name == 'flow'", "'schedule' in process.config", "type(net).__name__ in NETS", "process.alpha(t) == 0"])
-def test_the_rule_against_it_lets_others_be(line): assert not asks_what_a_process_is(line)
+@pytest.mark.parametrize(
+    "line",
+    [
+        "isinstance(x, Tensor)",
+        "isinstance(process, str)",
+        "name == 'flow'",
+        "'schedule' in process.config",
+        "type(net).__name__ in NETS",
+        "process.alpha(t) == 0",
+    ],
+)
+def test_the_rule_against_it_lets_others_be(line):
+    assert not asks_what_a_process_is(line)
 
 
 def sampling_loops(source: str) -> list:
-    "Loops over neighbours on a grid that carry something from one pair to the next: walks from noise to data."
+    """Loops over neighbours on a grid that carry something from one pair to the next: walks from
+    noise to data."""
     found = []
     for loop in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.For)):
-        if not re.search(r"zip\((\w+)\[:-1\], \1\[1:\]\)|pairwise\(|range\(len\((\w+)\) - 1\)", ast.unparse(loop.iter)): continue
-        uses = sorted((n for part in loop.body for n in ast.walk(part) if isinstance(n, ast.Name)), key=lambda n: (n.lineno, isinstance(n.ctx, ast.Store), n.col_offset))
+        if not re.search(
+            r"zip\((\w+)\[:-1\], \1\[1:\]\)|pairwise\(|range\(len\((\w+)\) - 1\)",
+            ast.unparse(loop.iter),
+        ):
+            continue
+        uses = sorted(
+            (n for part in loop.body for n in ast.walk(part) if isinstance(n, ast.Name)),
+            key=lambda n: (n.lineno, isinstance(n.ctx, ast.Store), n.col_offset),
+        )
         first = {}
-        for n in uses: first.setdefault(n.id, n.ctx)  # what a line reads counts before what it writes
-        if {n.id for n in uses if isinstance(n.ctx, ast.Store)} & {k for k, how in first.items() if isinstance(how, ast.Load)}: found.append(ast.unparse(loop.iter))
+        for n in uses:
+            first.setdefault(n.id, n.ctx)  # what a line reads counts before what it writes
+        if {n.id for n in uses if isinstance(n.ctx, ast.Store)} & {
+            k for k, how in first.items() if isinstance(how, ast.Load)
+        }:
+            found.append(ast.unparse(loop.iter))
     return found
 
 
 def test_one_sampling_loop():
-    assert {name: len(found) for name, s in SOURCES.items() if (found := sampling_loops(s))} == {"sampling.py": 1}
+    assert {name: len(found) for name, s in SOURCES.items() if (found := sampling_loops(s))} == {
+        "sampling.py": 1
+    }
 
 
-@pytest.mark.parametrize("walk, is_one", [
-    ("for t, s in zip(ts[:-1], ts[1:]):\n x = step(x, t, s)", True), ("for t, s in itertools.pairwise(ts):\n x += f(x, t)", True),
-    ("for i, (t, s) in enumerate(zip(ts[:-1], ts[1:])):\n t = t.expand(3)\n x, x0 = step(denoise, x, t, s)", True),
-    ("for i in range(len(ts) - 1):\n d = net(x, ts[i])\n x = x + d", True),
-    ("for t, s in zip(ts[:-1], ts[1:]):\n r = f(t, s)\n terms.append(r * 2)", False),  # a sum over levels, such as a bound, is no walk
-    ("for a, b in zip(widths, widths[1:]):\n x = f(x, a, b)", False)])
-def test_the_rule_for_loops_knows_a_walk(walk, is_one): assert bool(sampling_loops(walk)) == is_one
+@pytest.mark.parametrize(
+    "walk, is_one",
+    [
+        ("for t, s in zip(ts[:-1], ts[1:]):\n x = step(x, t, s)", True),
+        ("for t, s in itertools.pairwise(ts):\n x += f(x, t)", True),
+        (
+            (
+                "for i, (t, s) in enumerate(zip(ts[:-1], ts[1:])):\n t = t.expand(3)\n x, x0 ="
+                " step(denoise, x, t, s)"
+            ),
+            True,
+        ),
+        ("for i in range(len(ts) - 1):\n d = net(x, ts[i])\n x = x + d", True),
+        # a sum over levels, such as a bound, is no walk
+        ("for t, s in zip(ts[:-1], ts[1:]):\n r = f(t, s)\n terms.append(r * 2)", False),
+        ("for a, b in zip(widths, widths[1:]):\n x = f(x, a, b)", False),
+    ],
+)
+def test_the_rule_for_loops_knows_a_walk(walk, is_one):
+    assert bool(sampling_loops(walk)) == is_one
 
 
-LOOPS = {what: (pattern, {"training.py": 1, "judge.py": 1}) for what, pattern in {  # the judge is a classifier
-    "backward pass": r"\.backward\(", "optimizer": r"optim\.\w+\(", "learning rate schedule": r"lr_scheduler\.\w+\("}.items()}
+LOOPS = {
+    what: (pattern, {"training.py": 1, "judge.py": 1})
+    for what, pattern in {  # the judge is a classifier
+        "backward pass": r"\.backward\(",
+        "optimizer": r"optim\.\w+\(",
+        "learning rate schedule": r"lr_scheduler\.\w+\(",
+    }.items()
+}
 
 
 @pytest.mark.parametrize("what", LOOPS)
 def test_one_training_loop(what):
     pattern, where = LOOPS[what]
-    assert {name: len(re.findall(pattern, s)) for name, s in SOURCES.items() if re.search(pattern, s)} == where
+    assert {
+        name: len(re.findall(pattern, s)) for name, s in SOURCES.items() if re.search(pattern, s)
+    } == where
 
 
 def test_a_family_is_small():
-    "About thirty lines, all told: a process says alpha, sigma and what differs, and inherits the rest."
+    """About thirty lines, all told: a process says alpha, sigma and what differs, and inherits the
+    rest."""
     for name in PROCESSES:
-        own = {k for k, v in vars(type(make_process(name))).items() if callable(v) and not k.startswith("__")}
-        assert own <= {k for c in (Process, Times) for k in vars(c)} | {"log_abar"}, f"{name} brings methods that no other process has"
+        own = {
+            k
+            for k, v in vars(type(make_process(name))).items()
+            if callable(v) and not k.startswith("__")
+        }
+        assert own <= {k for c in (Process, Times) for k in vars(c)} | {
+            "log_abar"
+        }, f"{name} brings methods that no other process has"

@@ -1,4 +1,5 @@
 "Label dropout and classifier-free guidance: regression tests for the mistakes of the source, properties, and closed forms."
+
 import math
 
 import numpy as np
@@ -46,11 +47,17 @@ def gen(seed=0):
 
 def test_mistake_02_labels_are_dropped_per_example():
     y = torch.arange(64) % K
-    dropped = torch.stack([(drop_labels(y, 0.1, K, gen(i)) == K).double().mean() for i in range(3000)])
+    dropped = torch.stack(
+        [(drop_labels(y, 0.1, K, gen(i)) == K).double().mean() for i in range(3000)]
+    )
     assert abs(dropped.mean() - 0.1) < 0.003
     assert abs(dropped.std() - math.sqrt(0.09 / 64)) < 0.002  # one throw per batch would give 0.3
-    one, two = ((torch.stack([drop_labels(y, 0.5, K, gen(i)) for i in range(1000)])[:, j] == K).double() for j in (3, 40))
-    assert abs(((one - one.mean()) * (two - two.mean())).mean()) < 0.03  # two examples are independent
+    one, two = (
+        (torch.stack([drop_labels(y, 0.5, K, gen(i)) for i in range(1000)])[:, j] == K).double()
+        for j in (3, 40)
+    )
+    # two examples are independent
+    assert abs(((one - one.mean()) * (two - two.mean())).mean()) < 0.03
 
 
 def test_mistake_02_the_dice_are_torchs_and_repeat():
@@ -102,8 +109,11 @@ def test_mistake_17_clipping_wraps_guidance():
 
 def test_mistake_18_no_label_is_a_class_of_its_own():
     x, t, _ = batch()
-    exact = exact_denoiser(DDPM(), torch.randn(60, 2, generator=gen(), dtype=torch.float64), torch.arange(60) % K)
-    for k in range(K):  # every class is guided, class 0 too, and scale 0 is the denoiser without labels
+    exact = exact_denoiser(
+        DDPM(), torch.randn(60, 2, generator=gen(), dtype=torch.float64), torch.arange(60) % K
+    )
+    # every class is guided, class 0 too, and scale 0 is the denoiser without labels
+    for k in range(K):
         y = torch.full((6,), k)
         assert (cfg(exact, y, 3.0, K)(x, t) - exact(x, t, y)).abs().max() > 0.1
         torch.testing.assert_close(cfg(exact, y, 0.0, K)(x, t), exact(x, t))
@@ -130,7 +140,11 @@ def test_guidance_is_a_line_through_the_two_estimates(n, xs, ys, scale, seed):
     x, t, _ = batch(n, xs, seed)
     y = torch.randint(0, K, (n, *ys), generator=gen(seed))
     uncond, cond = Counting()(x, t, torch.full_like(y, K)), Counting()(x, t, y)
-    for w in (scale, torch.full((n,), scale, dtype=torch.float64), torch.tensor(scale, dtype=torch.float64)):
+    for w in (
+        scale,
+        torch.full((n,), scale, dtype=torch.float64),
+        torch.tensor(scale, dtype=torch.float64),
+    ):
         got = cfg(Counting(), y, w, K)(x, t)
         assert got.shape == x.shape and got.dtype == x.dtype
         torch.testing.assert_close(got, uncond + scale * (cond - uncond), rtol=1e-10, atol=1e-10)
@@ -142,7 +156,9 @@ def test_one_scale_per_example_equals_one_by_one(scales, seed):
     x, t, y = batch(len(scales), (2,), seed)
     got = cfg(Counting(), y, torch.tensor(scales, dtype=torch.float64), K)(x, t)
     for i, w in enumerate(scales):
-        torch.testing.assert_close(got[i : i + 1], cfg(Counting(), y[i : i + 1], w, K)(x[i : i + 1], t[i : i + 1]))
+        torch.testing.assert_close(
+            got[i : i + 1], cfg(Counting(), y[i : i + 1], w, K)(x[i : i + 1], t[i : i + 1])
+        )
 
 
 @quick
@@ -182,7 +198,11 @@ def test_t_may_be_one_time_for_all():
 
 
 def test_guided_finite_set_is_the_softmax_average_written_out():
-    process, x0s, labels = DDPM(), torch.randn(30, 2, generator=gen(), dtype=torch.float64), torch.arange(30) % K
+    process, x0s, labels = (
+        DDPM(),
+        torch.randn(30, 2, generator=gen(), dtype=torch.float64),
+        torch.arange(30) % K,
+    )
     x, t, y = batch()
     alpha, sigma = process.coeffs(t, x)
     by_hand = torch.zeros_like(x)
@@ -191,11 +211,14 @@ def test_guided_finite_set_is_the_softmax_average_written_out():
         own = weight * (labels == y[i])
         uncond, cond = weight @ x0s / weight.sum(), own @ x0s / own.sum()
         by_hand[i] = uncond + 2.5 * (cond - uncond)
-    torch.testing.assert_close(cfg(exact_denoiser(process, x0s, labels), y, 2.5, K)(x, t), by_hand, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(
+        cfg(exact_denoiser(process, x0s, labels), y, 2.5, K)(x, t), by_hand, rtol=1e-7, atol=1e-8
+    )
 
 
 class Mixture:
-    "Gaussians of one spread at `means`, the label is the index; label len(means) is 'no label'. Everything by autograd from the density."
+    """Gaussians of one spread at `means`, the label is the index; label len(means) is 'no label'.
+    Everything by autograd from the density."""
 
     def __init__(self, process, means, std):
         self.process, self.means, self.std = process, means, std
@@ -224,7 +247,9 @@ class Mixture:
 @given(st.floats(-2, 8), st.integers(0, 99))
 def test_guided_mixture_is_the_score_of_the_tilted_noisy_density(scale, seed):
     process = DDPM()
-    mixture = Mixture(process, torch.tensor([[1.0, 0], [-1, 0.5], [0, -1]], dtype=torch.float64), 0.3)
+    mixture = Mixture(
+        process, torch.tensor([[1.0, 0], [-1, 0.5], [0, -1]], dtype=torch.float64), 0.3
+    )
     x, t, y = batch(8, (2,), seed)
     alpha, sigma = process.coeffs(t, x)
     tweedie = (x + sigma**2 * mixture.score(x, t, y, scale)) / alpha
@@ -233,7 +258,8 @@ def test_guided_mixture_is_the_score_of_the_tilted_noisy_density(scale, seed):
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.0, 3.0, -0.5])
 def test_guided_gaussian_samples_have_the_spread_of_the_closed_form(scale):
-    "All data N(0, 1), the class N(0.7, tau^2): the path contracts by (tau^2 / (tau^2 + S^2))^(w/2) (1 / (1 + S^2))^((1-w)/2), S = sigma / alpha at the noise end."
+    """All data N(0, 1), the class N(0.7, tau^2): the path contracts by (tau^2 / (tau^2 +
+    S^2))^(w/2) (1 / (1 + S^2))^((1-w)/2), S = sigma / alpha at the noise end."""
     process, tau = DDPM(), 0.4
 
     def denoise(x, t, y):
@@ -241,11 +267,22 @@ def test_guided_gaussian_samples_have_the_spread_of_the_closed_form(scale):
         m, s = 0.7 * y[:, None], torch.where(y == 1, tau, 1.0)[:, None].double()
         return m + alpha * s**2 / ((alpha * s) ** 2 + sigma**2) * (x - alpha * m)
 
-    x = torch.tensor([[-1.0], [0.0], [1.0]], dtype=torch.float64)  # the map is a straight line: three points tell it
-    end = sample(cfg(denoise, torch.ones(3, dtype=torch.long), scale, 0), process, x, 1000 * torch.linspace(1, 0, 201) ** 2, heun)
+    # the map is a straight line: three points tell it
+    x = torch.tensor([[-1.0], [0.0], [1.0]], dtype=torch.float64)
+    end = sample(
+        cfg(denoise, torch.ones(3, dtype=torch.long), scale, 0),
+        process,
+        x,
+        1000 * torch.linspace(1, 0, 201) ** 2,
+        heun,
+    )
     alpha, sigma = process.coeffs(torch.tensor([1000]), x[:1])
     S = (sigma / alpha).item()
-    slope = (tau**2 / (tau**2 + S**2)) ** (scale / 2) * (1 / (1 + S**2)) ** ((1 - scale) / 2) / alpha.item()
+    slope = (
+        (tau**2 / (tau**2 + S**2)) ** (scale / 2)
+        * (1 / (1 + S**2)) ** ((1 - scale) / 2)
+        / alpha.item()
+    )
     assert abs((end[2] - end[0]).item() / 2 - slope) < 2e-3 * slope
     assert abs(slope - tau**scale) < 1e-3 * tau**scale
     assert abs((end[0] + end[2] - 2 * end[1]).item()) < 1e-9  # straight
@@ -259,21 +296,27 @@ def test_guided_gaussian_samples_have_the_spread_of_the_closed_form(scale):
 # bad input gets a sentence
 
 
-@pytest.mark.parametrize("call, says", [
-    (lambda y: drop_labels(y, 1.1, K), "probability"),
-    (lambda y: drop_labels(y, -0.1, K), "probability"),
-    (lambda y: drop_labels(y, float("nan"), K), "probability"),
-    (lambda y: drop_labels(y, 0.1, None), "not None"),
-    (lambda y: drop_labels(y, 0.1, [1, 2]), r"shape \(2,\)"),
-    (lambda y: drop_labels(y, 0.1, torch.zeros(3, 1)), r"shape \(3, 1\)"),
-    (lambda y: drop_labels([0, 1, 2], 0.1, K), r"\[0, 1, 2\]"),
-    (lambda y: drop_labels(torch.tensor(1), 0.1, K), r"tensor\(1\)"),
-    (lambda y: cfg(Counting(), None, 1.0, K), "not None"),
-    (lambda y: cfg(Counting(), y, 1.0, None), "not None"),
-    (lambda y: cfg(Counting(), y, torch.ones(2), K), r"shape \(2,\)"),
-    (lambda y: cfg(Counting(), y, torch.ones(3, 1), K), r"shape \(3, 1\)"),
-    (lambda y: cfg(Counting(), y, 1.0, K)(torch.randn(5, 2), torch.tensor(10)), "3 labels and got a batch of 5"),
-])
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda y: drop_labels(y, 1.1, K), "probability"),
+        (lambda y: drop_labels(y, -0.1, K), "probability"),
+        (lambda y: drop_labels(y, float("nan"), K), "probability"),
+        (lambda y: drop_labels(y, 0.1, None), "not None"),
+        (lambda y: drop_labels(y, 0.1, [1, 2]), r"shape \(2,\)"),
+        (lambda y: drop_labels(y, 0.1, torch.zeros(3, 1)), r"shape \(3, 1\)"),
+        (lambda y: drop_labels([0, 1, 2], 0.1, K), r"\[0, 1, 2\]"),
+        (lambda y: drop_labels(torch.tensor(1), 0.1, K), r"tensor\(1\)"),
+        (lambda y: cfg(Counting(), None, 1.0, K), "not None"),
+        (lambda y: cfg(Counting(), y, 1.0, None), "not None"),
+        (lambda y: cfg(Counting(), y, torch.ones(2), K), r"shape \(2,\)"),
+        (lambda y: cfg(Counting(), y, torch.ones(3, 1), K), r"shape \(3, 1\)"),
+        (
+            lambda y: cfg(Counting(), y, 1.0, K)(torch.randn(5, 2), torch.tensor(10)),
+            "3 labels and got a batch of 5",
+        ),
+    ],
+)
 def test_bad_input(call, says):
     with pytest.raises(ValueError, match=says):
         call(torch.tensor([0, 1, 2]))

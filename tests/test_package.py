@@ -1,4 +1,6 @@
-"""The repository as others meet it: the built package in a clean environment, and what is stored in the notebooks."""
+"""The repository as others meet it: the built package in a clean environment, and what is stored in
+the notebooks."""
+
 import ast
 import importlib.metadata as md
 import json
@@ -21,12 +23,24 @@ from anywhere import CFG, LIB, alone, backend, clean_environment, package_files,
 NBS = CFG["nbs_path"]
 NOTEBOOKS = sorted(p for p in (ROOT / NBS).rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 COLAB = f"https://colab.research.google.com/github/{CFG['user']}/{CFG['repo']}/blob/{CFG['branch']}/{NBS}/"
-FORBIDDEN = ("nbdev", "fastcore", "execnb", "ghapi", "fastgit", "IPython", "jupyterlab")  # needed to make it, not to use it
-LATE = ("torchvision", "matplotlib", "sklearn", "wandb", "PIL", "tqdm", "ipywidgets", "pandas")  # imported where they are used
+# needed to make it, not to use it
+FORBIDDEN = ("nbdev", "fastcore", "execnb", "ghapi", "fastgit", "IPython", "jupyterlab")
+LATE = (
+    "torchvision",
+    "matplotlib",
+    "sklearn",
+    "wandb",
+    "PIL",
+    "tqdm",
+    "ipywidgets",
+    "pandas",
+)  # imported where they are used
 
 
 def modules() -> list:
-    return sorted(p.stem for p in (ROOT / LIB).glob("*.py") if p.stem not in ("__init__", "_modidx"))
+    return sorted(
+        p.stem for p in (ROOT / LIB).glob("*.py") if p.stem not in ("__init__", "_modidx")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +55,8 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clean(wheel, tmp_path_factory) -> Path:
-    "A new environment with the wheel and links to its declared requirements, and to nothing else that is installed here."
+    """A new environment with the wheel and links to its declared requirements, and to nothing else
+    that is installed here."""
     return clean_environment(tmp_path_factory.mktemp("clean") / "venv", wheel)
 
 
@@ -56,26 +71,41 @@ def test_wheel_holds_every_module_and_data_file_and_nothing_else(wheel):
     inside = {n for n in names if not n.split("/")[0].endswith(".dist-info")}
     assert inside == package_files()
     assert {f"{LIB}/py.typed", f"{LIB}/__init__.py", f"{LIB}/_modidx.py"} <= inside
-    assert any(n.endswith("/LICENSE") for n in names) and any(n.endswith("/LICENSE-docs") for n in names)
+    assert any(n.endswith("/LICENSE") for n in names) and any(
+        n.endswith("/LICENSE-docs") for n in names
+    )
 
 
 def test_metadata_comes_from_settings(wheel):
     zf = zipfile.ZipFile(wheel)
     meta = next(n for n in zf.namelist() if n.endswith(".dist-info/METADATA"))
     from email.parser import Parser
+
     m = Parser().parsestr(zf.read(meta).decode())
-    assert (m["Name"], m["Version"], m["Summary"]) == (CFG["lib_name"], CFG["version"], CFG["description"])
-    assert m["Requires-Python"] == ">=" + CFG["min_python"] and m["License-Expression"] == "Apache-2.0"
+    assert (m["Name"], m["Version"], m["Summary"]) == (
+        CFG["lib_name"],
+        CFG["version"],
+        CFG["description"],
+    )
+    assert (
+        m["Requires-Python"] == ">=" + CFG["min_python"] and m["License-Expression"] == "Apache-2.0"
+    )
     plain = {str(Requirement(r)) for r in m.get_all("Requires-Dist") if "extra ==" not in r}
     assert plain == {str(Requirement(r)) for r in CFG["requirements"].split()}
-    assert not {canonicalize_name(Requirement(r).name) for r in plain} & {canonicalize_name(f) for f in FORBIDDEN}
+    assert not {canonicalize_name(Requirement(r).name) for r in plain} & {
+        canonicalize_name(f) for f in FORBIDDEN
+    }
     torch = next(Requirement(r) for r in plain if Requirement(r).name == "torch")
-    assert all(s.operator == ">=" for s in torch.specifier), "an upper pin on torch would replace Colab's torch"
+    assert all(
+        s.operator == ">=" for s in torch.specifier
+    ), "an upper pin on torch would replace Colab's torch"
     scripts = zf.read(meta.replace("METADATA", "entry_points.txt")).decode()
     assert f"{LIB} = {LIB}.cli:main" in scripts
     body = m.get_payload()
     if (ROOT / "README.md").exists():
-        assert not re.findall(r"\]\((?!https?:|mailto:|#)[^)]+\)|\bsrc(?:set)?=\"(?!https?:)", body), "links in the readme would be dead on PyPI"
+        assert not re.findall(
+            r"\]\((?!https?:|mailto:|#)[^)]+\)|\bsrc(?:set)?=\"(?!https?:)", body
+        ), "links in the readme would be dead on PyPI"
 
 
 IMPORT_ALL = r"""
@@ -125,7 +155,10 @@ def imported(clean, tmp_path_factory) -> dict:
 
 
 def test_clean_environment_has_none_of_the_tools(clean, tmp_path):
-    code = f"import importlib.util as u; print([n for n in {FORBIDDEN + ('pytest', 'diffusers')!r} if u.find_spec(n)])"
+    code = (
+        f"import importlib.util as u; print([n for n in {FORBIDDEN + ('pytest', 'diffusers')!r} if"
+        " u.find_spec(n)])"
+    )
     (tmp_path / "empty").mkdir()
     found = eval(outside([clean, "-I", "-c", code], tmp_path / "empty").stdout)
     assert set(found) <= {"IPython"}, found  # ipywidgets requires IPython
@@ -153,7 +186,10 @@ def test_no_module_imports_anything_heavy(imported):
 
 
 def test_importing_training_costs_little_more_than_importing_torch(imported, clean, tmp_path):
-    code = f"import time, torch; t = time.process_time(); import {LIB}.training; print(time.process_time() - t)"
+    code = (
+        f"import time, torch; t = time.process_time(); import {LIB}.training;"
+        " print(time.process_time() - t)"
+    )
     seconds = imported["seconds"]
     for _ in range(2):  # a busy machine may need a second try
         if seconds > 0.3:
@@ -164,14 +200,21 @@ def test_importing_training_costs_little_more_than_importing_torch(imported, cle
 def test_everything_the_package_imports_is_declared():
     "Also inside functions, where an import test does not look."
     declared = {canonicalize_name(Requirement(r).name) for r in CFG["requirements"].split()}
-    by_import = {k: {canonicalize_name(d) for d in v} for k, v in md.packages_distributions().items()}
+    by_import = {
+        k: {canonicalize_name(d) for d in v} for k, v in md.packages_distributions().items()
+    }
     allowed = {"IPython"}  # comes with ipywidgets; only for display in a notebook
     bad = set()
     for path in (ROOT / LIB).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
-                [node.module] if isinstance(node, ast.ImportFrom) and not node.level else [])
-            for top in {n.split(".")[0] for n in names} - {LIB} - set(sys.stdlib_module_names) - allowed:
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else ([node.module] if isinstance(node, ast.ImportFrom) and not node.level else [])
+            )
+            for top in (
+                {n.split(".")[0] for n in names} - {LIB} - set(sys.stdlib_module_names) - allowed
+            ):
                 if not by_import.get(top, set()) & declared:
                     bad.add(f"{path.name} imports {top}")
     assert not bad, sorted(bad)
@@ -180,7 +223,10 @@ def test_everything_the_package_imports_is_declared():
 def test_versions_agree(imported):
     assert imported["version"] == CFG["version"]
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    assert re.search(rf"^version: {re.escape(CFG['version'])}$", citation, re.M) and CFG["git_url"] in citation
+    assert (
+        re.search(rf"^version: {re.escape(CFG['version'])}$", citation, re.M)
+        and CFG["git_url"] in citation
+    )
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(r"^## \[(Unreleased|\d+\.\d+\.\d+)\]", changelog, re.M)
 
@@ -197,13 +243,24 @@ def test_command_line_runs_outside_the_repository(clean, tmp_path):
 
 # What is stored in the repository
 
+
 def tracked() -> list:
     "Files that git has or would take; without git, all but hidden folders and build products."
-    done = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode == 0 and done.stdout:
         return [ROOT / n for n in done.stdout.split("\0") if n and (ROOT / n).is_file()]
     skip = {"build", "dist", "runs", "wandb", "__pycache__"}
-    return [p for p in ROOT.rglob("*") if p.is_file() and not {q for q in p.relative_to(ROOT).parts if q.startswith(".") or q in skip}]
+    return [
+        p
+        for p in ROOT.rglob("*")
+        if p.is_file()
+        and not {q for q in p.relative_to(ROOT).parts if q.startswith(".") or q in skip}
+    ]
 
 
 def visible(path: Path) -> str:
@@ -212,16 +269,25 @@ def visible(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         return ""
-    return re.sub(r'("image/(?:png|jpeg|gif)": |data:(?:image|video|audio|font)/[\w+.-]+;base64,)[^\n]*', r"\1", text)
+    return re.sub(
+        r'("image/(?:png|jpeg|gif)": |data:(?:image|video|audio|font)/[\w+.-]+;base64,)[^\n]*',
+        r"\1",
+        text,
+    )
 
 
 def test_no_tracked_file_names_a_place_on_somebodys_machine():
-    places = re.compile(r"(?<![\w.:/$}])/(?:root|work|workspace|home/\w+|Users/\w+|mnt/\w+|var/folders|tmp/\w)[/\w]|[A-Z]:\\\\?Users\\")
+    places = re.compile(
+        r"(?<![\w.:/$}])/(?:root|work|workspace|home/\w+|Users/\w+|mnt/\w+|var/folders|tmp/\w)[/\w]|[A-Z]:\\\\?Users\\"
+    )
     own = [str(ROOT) + "/", str(Path.home()) + "/", sys.prefix + "/"]
     bad = []
     for path in tracked():
         text = visible(path)
-        bad += [f"{path.relative_to(ROOT)}: {m[0]!r} in {text[max(0, m.start() - 30):m.end() + 30]!r}" for m in places.finditer(text)]
+        bad += [
+            f"{path.relative_to(ROOT)}: {m[0]!r} in {text[max(0, m.start() - 30):m.end() + 30]!r}"
+            for m in places.finditer(text)
+        ]
         bad += [f"{path.relative_to(ROOT)}: {o}" for o in own if o in text]
     assert not bad, "\n".join(bad[:20])
 
@@ -233,15 +299,27 @@ def test_no_tracked_file_is_large():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_as_stored(path):
     nb = json.loads(path.read_text(encoding="utf-8"))
-    head = "".join("".join(c["source"]) + "\n" for c in nb["cells"][:4] if c["cell_type"] == "markdown")
-    badge = f"[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]({COLAB}{path.relative_to(ROOT / NBS).as_posix()})"
+    head = "".join(
+        "".join(c["source"]) + "\n" for c in nb["cells"][:4] if c["cell_type"] == "markdown"
+    )
+    badge = (
+        "[![Open In"
+        f" Colab](https://colab.research.google.com/assets/colab-badge.svg)]({COLAB}{path.relative_to(ROOT / NBS).as_posix()})"
+    )
     assert re.search(r"^# \S", head, re.M), "the first cells have no title"
     assert badge in head, f"the first cells have no Colab badge, or another one than {badge}"
     outputs = [o for c in nb["cells"] for o in c.get("outputs", [])]
     assert not [o["ename"] for o in outputs if o["output_type"] == "error"]
-    assert not [1 for o in outputs if any("widget" in k for k in o.get("data", {}))], "widgets show nothing without a kernel"
-    assert not [1 for o in outputs if o.get("name") == "stderr" and re.search(r"\d+%\|", "".join(o["text"]))], "a progress bar is stored"
-    assert all(c.get("execution_count") is None for c in nb["cells"]) and "widgets" not in nb["metadata"]
+    assert not [
+        1 for o in outputs if any("widget" in k for k in o.get("data", {}))
+    ], "widgets show nothing without a kernel"
+    assert not [
+        1 for o in outputs if o.get("name") == "stderr" and re.search(r"\d+%\|", "".join(o["text"]))
+    ], "a progress bar is stored"
+    assert (
+        all(c.get("execution_count") is None for c in nb["cells"])
+        and "widgets" not in nb["metadata"]
+    )
     assert nb["metadata"]["kernelspec"]["name"] == "python3"
     ids = [c["id"] for c in nb["cells"]]
     assert len(ids) == len(set(ids)), "cell ids are not unique"
@@ -252,7 +330,7 @@ def test_badges_of_the_readme_lead_to_notebooks():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     links = re.findall(r"https://colab\.research\.google\.com/github/[^)\s\"]+", text)
     assert links and all(link.startswith(COLAB) for link in links), links
-    assert not [link for link in links if not (ROOT / NBS / link[len(COLAB):]).exists()]
+    assert not [link for link in links if not (ROOT / NBS / link[len(COLAB) :]).exists()]
     for needed in ("make demo", "make test", f"pip install {CFG['lib_name']}"):
         assert needed in text, f"the readme does not say {needed!r}"
 
@@ -260,14 +338,20 @@ def test_badges_of_the_readme_lead_to_notebooks():
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_relative_links_lead_somewhere(name):
     text = (ROOT / name).read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", text) + re.findall(r'<(?:img|source)[^>]*\bsrc(?:set)?="(?!https?:)([^"]+)"', text)
+    links = re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", text) + re.findall(
+        r'<(?:img|source)[^>]*\bsrc(?:set)?="(?!https?:)([^"]+)"', text
+    )
     assert not [link for link in links if not (ROOT / link).exists()]
 
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.name[0] in "01"], ids=lambda p: p.stem)
 def test_a_lesson_starts_from_the_same_random_numbers(path):
     "What a reader runs shows what the page shows, and CI does not fail in one run of twelve."
-    code = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    code = [
+        "".join(c["source"])
+        for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        if c["cell_type"] == "code"
+    ]
     set_up = next(source for source in code if "except ImportError" in source)
     assert re.search(r"^set_seed\(0\);?$", set_up, re.M), set_up
 
@@ -277,6 +361,11 @@ def test_links_between_notebooks_lead_somewhere():
     for path in NOTEBOOKS:
         for c in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             if c["cell_type"] == "markdown":
-                links = re.findall(r"\]\((?!https?:|mailto:|attachment:|#)([^)#\s]+\.(?:ipynb|md|png|py))", "".join(c["source"]))
-                bad += [f"{path.name}: {link}" for link in links if not (path.parent / link).exists()]
+                links = re.findall(
+                    r"\]\((?!https?:|mailto:|attachment:|#)([^)#\s]+\.(?:ipynb|md|png|py))",
+                    "".join(c["source"]),
+                )
+                bad += [
+                    f"{path.name}: {link}" for link in links if not (path.parent / link).exists()
+                ]
     assert not bad, "\n".join(bad)

@@ -1,4 +1,5 @@
 "Schedules and the forward process: exact facts, parity with others, properties, and two of the old mistakes."
+
 import copy
 import math
 import pickle
@@ -9,19 +10,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm_course import process
-from ddpm_course.process import DDPM, SCHEDULES, Process, Table, betas_to_abar, cosine, linear, sigmoid
+from ddpm_course.process import (
+    DDPM,
+    SCHEDULES,
+    Process,
+    Table,
+    betas_to_abar,
+    cosine,
+    linear,
+    sigmoid,
+)
 
 F64 = torch.float64
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+DEVICES = (
+    ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+)
 names = pytest.mark.parametrize("name", SCHEDULES)
 quick = settings(max_examples=60, deadline=None)
 
 
 def close(a, b, tol=1e-12):
-    torch.testing.assert_close(torch.as_tensor(a, dtype=F64), torch.as_tensor(b, dtype=F64), rtol=tol, atol=tol)
+    torch.testing.assert_close(
+        torch.as_tensor(a, dtype=F64), torch.as_tensor(b, dtype=F64), rtol=tol, atol=tol
+    )
 
 
 # ---- parity
+
 
 @pytest.mark.parametrize("ours, theirs", [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
 def test_schedule_agrees_with_diffusers(ours, theirs):
@@ -36,27 +51,44 @@ def test_add_noise_agrees_with_diffusers(ours, theirs):
     "Their step t is our t + 1: they count the first step as 0."
     diffusers = pytest.importorskip("diffusers")
     other, p = diffusers.DDPMScheduler(1000, beta_schedule=theirs), DDPM(1000, ours)
-    x0, eps, t = torch.randn(6, 3, 8, 8), torch.randn(6, 3, 8, 8), torch.tensor([1, 2, 10, 500, 999, 1000])
-    close(p.add_noise(x0, t, eps), other.add_noise(x0, eps, t - 1), 2e-5)  # theirs computes in float32, sqrt(1 - abar) at t = 1
+    x0, eps, t = (
+        torch.randn(6, 3, 8, 8),
+        torch.randn(6, 3, 8, 8),
+        torch.tensor([1, 2, 10, 500, 999, 1000]),
+    )
+    # theirs computes in float32, sqrt(1 - abar) at t = 1
+    close(p.add_noise(x0, t, eps), other.add_noise(x0, eps, t - 1), 2e-5)
     x0, eps = x0.double(), eps.double()
-    other.alphas_cumprod = (1 - other.betas.double()).cumprod(0)  # the same with their own float32 betas, summed up in float64
+    # the same with their own float32 betas, summed up in float64
+    other.alphas_cumprod = (1 - other.betas.double()).cumprod(0)
     close(p.add_noise(x0, t, eps), other.add_noise(x0, eps, t - 1), 1e-6)
 
 
 def test_custom_betas_agree_with_diffusers():
     diffusers = pytest.importorskip("diffusers")
-    other = diffusers.DDPMScheduler(1000, beta_schedule="linear", beta_start=0.00085, beta_end=0.012)
+    other = diffusers.DDPMScheduler(
+        1000, beta_schedule="linear", beta_start=0.00085, beta_end=0.012
+    )
     close(DDPM(beta_start=0.00085, beta_end=0.012).abar[1:], other.alphas_cumprod, 1e-6)
 
 
 @pytest.mark.parametrize("start, end, tau", [(-3, 3, 1.0), (-3, 3, 0.7), (0, 3, 0.3)])
 def test_sigmoid_is_the_formula_of_jabri(start, end, tau):
-    "gamma(t) of 'Scalable adaptive computation for iterative generation', in plain Python numbers, clipped at 1e-9."
+    """gamma(t) of 'Scalable adaptive computation for iterative generation', in plain Python
+    numbers, clipped at 1e-9."""
+
     def sig(x):
         return 1 / (1 + math.exp(-x))
+
     v_start, v_end = sig(start / tau), sig(end / tau)
-    gamma = [(v_end - sig((t / 1000 * (end - start) + start) / tau)) / (v_end - v_start) for t in range(1001)]
-    close(DDPM(1000, "sigmoid", start=start, end=end, tau=tau).abar, [min(1.0, max(1e-9, g)) for g in gamma])
+    gamma = [
+        (v_end - sig((t / 1000 * (end - start) + start) / tau)) / (v_end - v_start)
+        for t in range(1001)
+    ]
+    close(
+        DDPM(1000, "sigmoid", start=start, end=end, tau=tau).abar,
+        [min(1.0, max(1e-9, g)) for g in gamma],
+    )
 
 
 def test_linear_and_cosine_are_their_formulas():
@@ -64,24 +96,30 @@ def test_linear_and_cosine_are_their_formulas():
     for b in betas:
         product.append(product[-1] * (1 - b))
     close(linear(), product)
+
     def f(t):
         return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
-    close(cosine()[:1000], [f(t) / f(0) for t in range(1000)], 1e-11)  # the last step is the capped one
+
+    # the last step is the capped one
+    close(cosine()[:1000], [f(t) / f(0) for t in range(1000)], 1e-11)
     close(cosine()[1000] / cosine()[999], 0.001)
 
 
 # ---- the two old mistakes
 
+
 @names
 @pytest.mark.parametrize("T", [1, 2, 5, 1000])
 def test_mistake_04_index_zero_is_neither_trained_nor_sampled(name, T):
     p = DDPM(T, name)
-    assert len(p.abar) == T + 1 and p.abar[0] == 1 and p.alpha(0) == 1 and p.sigma(0) == 0  # 0 is the data itself
+    # 0 is the data itself
+    assert len(p.abar) == T + 1 and p.abar[0] == 1 and p.alpha(0) == 1 and p.sigma(0) == 0
     drawn = p.sample_t(40 * T + 100, generator=torch.Generator().manual_seed(0))
     assert drawn.min() == 1 and drawn.max() == T and not drawn.is_floating_point()
     if T <= 5:
         assert drawn.unique().tolist() == list(range(1, T + 1))  # every noisy level is trained
-    assert p.steps(T).tolist() == list(range(T, -1, -1))  # and sampling visits every level, down to the data
+    # and sampling visits every level, down to the data
+    assert p.steps(T).tolist() == list(range(T, -1, -1))
     x0 = torch.randn(2, 3)
     assert p.add_noise(x0, p.steps(1)[-1:], torch.randn(2, 3)).equal(x0)
     assert (p.sigma(torch.arange(1, T + 1)) > 0).all()
@@ -107,6 +145,7 @@ def test_mistake_08_as_it_was():
 
 # ---- facts
 
+
 @names
 def test_variance_preserving_and_monotone(name):
     p, t = DDPM(1000, name), torch.arange(1001)
@@ -118,7 +157,8 @@ def test_variance_preserving_and_monotone(name):
 
 @names
 def test_walk_and_jump_have_the_same_mean_and_variance(name):
-    "Exactly: mean and variance of the Markov chain, carried through its steps, are alpha * x0 and sigma^2."
+    """Exactly: mean and variance of the Markov chain, carried through its steps, are alpha * x0 and
+    sigma^2."""
     p, mean, var = DDPM(1000, name), 1.0, 0.0
     for t, beta in enumerate(p.betas.tolist(), 1):
         mean, var = (1 - beta) ** 0.5 * mean, (1 - beta) * var + beta
@@ -130,7 +170,9 @@ def test_walk_and_jump_have_the_same_mean_and_variance(name):
 def test_add_noise_has_the_right_mean_and_variance(name):
     g, n, p = torch.Generator().manual_seed(1), 200_000, DDPM(100, name)
     for t in (1, 20, 50, 100):
-        x = p.add_noise(torch.full((n, 1), 0.7), torch.full((n,), t), torch.randn(n, 1, generator=g)).double()
+        x = p.add_noise(
+            torch.full((n, 1), 0.7), torch.full((n,), t), torch.randn(n, 1, generator=g)
+        ).double()
         var = p.sigma(t).item() ** 2
         assert abs(x.mean() - 0.7 * p.alpha(t)) < 5 * (var / n) ** 0.5
         assert abs(x.var() - var) < 5 * var * (2 / n) ** 0.5
@@ -144,7 +186,9 @@ def test_no_cancellation_where_there_is_almost_no_noise():
 def test_float_times_interpolate_log_abar():
     p = DDPM(10)
     close(p.alpha(2.5).log(), (p.alpha(2).log() + p.alpha(3).log()) / 2)
-    assert p.alpha(torch.tensor([3.0])) == p.alpha(torch.tensor([3])) and p.alpha(10.0) == p.alpha(10)
+    assert p.alpha(torch.tensor([3.0])) == p.alpha(torch.tensor([3])) and p.alpha(10.0) == p.alpha(
+        10
+    )
     t = torch.tensor([2.5], dtype=F64, requires_grad=True)
     p.alpha(t).sum().backward()
     close(t.grad, 0.5 * p.log_abar[[2, 3]].diff() * p.alpha(2.5))
@@ -194,7 +238,8 @@ dtypes = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.fl
 @given(shapes, dtypes, st.sampled_from(list(SCHEDULES)), st.integers(1, 50), st.data())
 @quick
 def test_any_shape_and_type(shape, dtype, name, T, data):
-    "Sound (B,C,L), images (B,C,H,W), video (B,C,T,H,W), plain numbers (B,): the type and the shape come back, each example at its own time."
+    """Sound (B,C,L), images (B,C,H,W), video (B,C,T,H,W), plain numbers (B,): the type and the
+    shape come back, each example at its own time."""
     p = DDPM(T, name)
     t = torch.tensor(data.draw(st.lists(st.integers(0, T), min_size=shape[0], max_size=shape[0])))
     x0, eps = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
@@ -203,19 +248,34 @@ def test_any_shape_and_type(shape, dtype, name, T, data):
     for i, one in enumerate(t):  # by hand, example by example
         a, s = (c.to(dtype) for c in (p.alpha(one), p.sigma(one)))
         assert x[i].equal(a * x0[i] + s * eps[i])
-    assert p.alpha(t).dtype == F64 and all(c.shape == (shape[0],) + (1,) * (len(shape) - 1) for c in p.coeffs(t, x0))
+    assert p.alpha(t).dtype == F64 and all(
+        c.shape == (shape[0],) + (1,) * (len(shape) - 1) for c in p.coeffs(t, x0)
+    )
 
 
 @names
 def test_float64_stays_float64(name):
     p, x = DDPM(1000, name), torch.ones(1, 2, dtype=F64)
-    close(p.add_noise(x, torch.tensor([700]), 0 * x) ** 2, SCHEDULES[name]()[700].expand(1, 2), 1e-13)
+    close(
+        p.add_noise(x, torch.tensor([700]), 0 * x) ** 2, SCHEDULES[name]()[700].expand(1, 2), 1e-13
+    )
 
 
-CASTS = dict(half=lambda m: m.half(), bfloat16=lambda m: m.bfloat16(), float=lambda m: m.float(), double=lambda m: m.double(),
-             to=lambda m: m.to(torch.float16), to_both=lambda m: m.to("cpu", torch.bfloat16), type=lambda m: m.type(torch.float16),
-             deepcopy=copy.deepcopy, pickle=lambda m: pickle.loads(pickle.dumps(m)), half_and_back=lambda m: m.half().double(),
-             meta=lambda m: m.to("meta").to_empty(device="cpu"), share=lambda m: m.share_memory(), twice=lambda m: copy.deepcopy(m.half()).half())
+CASTS = dict(
+    half=lambda m: m.half(),
+    bfloat16=lambda m: m.bfloat16(),
+    float=lambda m: m.float(),
+    double=lambda m: m.double(),
+    to=lambda m: m.to(torch.float16),
+    to_both=lambda m: m.to("cpu", torch.bfloat16),
+    type=lambda m: m.type(torch.float16),
+    deepcopy=copy.deepcopy,
+    pickle=lambda m: pickle.loads(pickle.dumps(m)),
+    half_and_back=lambda m: m.half().double(),
+    meta=lambda m: m.to("meta").to_empty(device="cpu"),
+    share=lambda m: m.share_memory(),
+    twice=lambda m: copy.deepcopy(m.half()).half(),
+)
 
 
 @pytest.mark.parametrize("how", CASTS)
@@ -248,22 +308,33 @@ def test_follows_the_module_to_a_device(device):
     assert p.log_abar.device.type == device and p.log_abar.dtype == kind
     x, t = torch.ones(3, 1, 4, 4, device=device), p.sample_t(3, device)
     assert t.device.type == device and p.steps(5, device).device.type == device
-    assert p.add_noise(x, t, x).device.type == device and p.init_noise((2, 3), device).device.type == device
+    assert (
+        p.add_noise(x, t, x).device.type == device
+        and p.init_noise((2, 3), device).device.type == device
+    )
     here = DDPM().add_noise(x.cpu(), t.cpu(), x.cpu())
     torch.testing.assert_close(p.add_noise(x, t, x).cpu(), here, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(DDPM().add_noise(x, t, x).cpu(), here, rtol=1e-6, atol=1e-6)  # a process left on the CPU works too
+    # a process left on the CPU works too
+    torch.testing.assert_close(DDPM().add_noise(x, t, x).cpu(), here, rtol=1e-6, atol=1e-6)
     assert p.to("cpu").log_abar.equal(DDPM().log_abar)  # exact again
 
 
 def test_device_without_float64(monkeypatch):
-    "As on mps: the table goes there as float32, no float64 is ever sent, and what comes back is exact."
+    """As on mps: the table goes there as float32, no float64 is ever sent, and what comes back is
+    exact."""
     monkeypatch.setattr(process, "NO_FLOAT64", ("meta",))
     seen, p = [], DDPM()
+
     def move(x):
         seen.append(x.dtype)
         return x.to("meta")
+
     p._apply(move)
-    assert p.log_abar.device.type == "meta" and p.log_abar.dtype == torch.float32 and set(seen) == {torch.float32}
+    assert (
+        p.log_abar.device.type == "meta"
+        and p.log_abar.dtype == torch.float32
+        and set(seen) == {torch.float32}
+    )
     assert p.to_empty(device="cpu").log_abar.equal(DDPM().log_abar) and p.log_abar.dtype == F64
 
 
@@ -293,21 +364,44 @@ def test_random_times_take_a_generator():
 # ---- bad input gets a sentence
 
 BAD = dict(
-    schedule=(lambda: DDPM(schedule="cosin"), "unknown schedule 'cosin': choose one of 'linear', 'cosine', 'sigmoid'. Did you mean 'cosine'?"),
-    T_zero=(lambda: DDPM(0), "at least 1, not 0"), T_negative=(lambda: DDPM(-3), "at least 1, not -3"),
-    T_fraction=(lambda: DDPM(10.5), "whole number of steps, at least 1, not 10.5"), T_nan=(lambda: DDPM(math.nan), "not nan"),
+    schedule=(
+        lambda: DDPM(schedule="cosin"),
+        (
+            "unknown schedule 'cosin': choose one of 'linear', 'cosine', 'sigmoid'. Did you mean"
+            " 'cosine'?"
+        ),
+    ),
+    T_zero=(lambda: DDPM(0), "at least 1, not 0"),
+    T_negative=(lambda: DDPM(-3), "at least 1, not -3"),
+    T_fraction=(lambda: DDPM(10.5), "whole number of steps, at least 1, not 10.5"),
+    T_nan=(lambda: DDPM(math.nan), "not nan"),
     T_infinite=(lambda: DDPM(math.inf), "not inf"),
-    beta_high=(lambda: DDPM(beta_end=1.0), r"betas are variances in (0, 1), not 0.0001 to 1"), beta_zero=(lambda: DDPM(beta_start=0.0), "not 0 to 0.02"),
-    beta_negative=(lambda: DDPM(beta_start=-0.1), "not -0.1 to"), beta_nan=(lambda: DDPM(beta_start=math.nan), "nan"),
-    cosine_cap=(lambda: DDPM(schedule="cosine", max_beta=1.5), "betas are"), sigmoid_flat=(lambda: DDPM(schedule="sigmoid", start=1.0, end=1.0), "betas are"),
-    sigmoid_sharp=(lambda: DDPM(schedule="sigmoid", tau=0.001), "betas are"), table=(lambda: betas_to_abar(torch.tensor([0.1, 1.2])), "not 0.1 to 1.2"),
-    steps_zero=(lambda: DDPM().steps(0), "1 to 1000 steps, not 0"), steps_many=(lambda: DDPM(10).steps(11), "T = 10 takes 1 to 10 steps, not 11"),
+    beta_high=(lambda: DDPM(beta_end=1.0), r"betas are variances in (0, 1), not 0.0001 to 1"),
+    beta_zero=(lambda: DDPM(beta_start=0.0), "not 0 to 0.02"),
+    beta_negative=(lambda: DDPM(beta_start=-0.1), "not -0.1 to"),
+    beta_nan=(lambda: DDPM(beta_start=math.nan), "nan"),
+    cosine_cap=(lambda: DDPM(schedule="cosine", max_beta=1.5), "betas are"),
+    sigmoid_flat=(lambda: DDPM(schedule="sigmoid", start=1.0, end=1.0), "betas are"),
+    sigmoid_sharp=(lambda: DDPM(schedule="sigmoid", tau=0.001), "betas are"),
+    table=(lambda: betas_to_abar(torch.tensor([0.1, 1.2])), "not 0.1 to 1.2"),
+    steps_zero=(lambda: DDPM().steps(0), "1 to 1000 steps, not 0"),
+    steps_many=(lambda: DDPM(10).steps(11), "T = 10 takes 1 to 10 steps, not 11"),
     steps_base=(lambda: Process().steps(0), "at least 1 step, not 0"),
-    time_late=(lambda: DDPM(10).alpha(torch.tensor([3, 11])), "times are in 0..10, not 3 to 11"), time_early=(lambda: DDPM(10).sigma(-1), "not -1 to -1"),
+    time_late=(lambda: DDPM(10).alpha(torch.tensor([3, 11])), "times are in 0..10, not 3 to 11"),
+    time_early=(lambda: DDPM(10).sigma(-1), "not -1 to -1"),
     time_nan=(lambda: DDPM(10).sigma(math.nan), "times are in 0..10"),
-    pixels=(lambda: DDPM().add_noise(torch.zeros(2, 3, dtype=torch.uint8), 5, torch.zeros(2, 3)), "not torch.uint8: use to_float"),
-    noise=(lambda: DDPM().add_noise(torch.zeros(2, 3), 5, torch.zeros(2, 1)), "noise of shape (2, 1) for data of shape (2, 3)"),
-    times=(lambda: DDPM().add_noise(torch.zeros(2, 3), torch.tensor([1, 2, 3]), torch.zeros(2, 3)), "one value per example"),
+    pixels=(
+        lambda: DDPM().add_noise(torch.zeros(2, 3, dtype=torch.uint8), 5, torch.zeros(2, 3)),
+        "not torch.uint8: use to_float",
+    ),
+    noise=(
+        lambda: DDPM().add_noise(torch.zeros(2, 3), 5, torch.zeros(2, 1)),
+        "noise of shape (2, 1) for data of shape (2, 3)",
+    ),
+    times=(
+        lambda: DDPM().add_noise(torch.zeros(2, 3), torch.tensor([1, 2, 3]), torch.zeros(2, 3)),
+        "one value per example",
+    ),
 )
 
 
@@ -321,5 +415,9 @@ def test_bad_input_gets_a_sentence(what):
 
 def test_table_reads_entries_and_lines_between():
     table = Table(torch.tensor([0.0, 1.0, 5.0]))
-    assert table(torch.tensor([[0, 1], [2, 2]])).tolist() == [[0, 1], [5, 5]] and table(1.5) == 3 and table(2.0) == 5
+    assert (
+        table(torch.tensor([[0, 1], [2, 2]])).tolist() == [[0, 1], [5, 5]]
+        and table(1.5) == 3
+        and table(2.0) == 5
+    )
     close(sigmoid().log()[-1], math.log(1e-9))

@@ -1,4 +1,6 @@
-"""The website: complete, without a request to another host, readable on a phone, and with controls that move without a kernel."""
+"""The website: complete, without a request to another host, readable on a phone, and with controls
+that move without a kernel."""
+
 import re
 import subprocess
 import sys
@@ -15,7 +17,10 @@ PAGES = ["index", "part-1", "02_forward", "97_pretrained", "glossary", "syllabus
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     out = tmp_path_factory.mktemp("site")
-    for command in (["site/prepare.py", out / "source"], ["-m", "sphinx", "-q", "-W", "-b", "html", "-c", "site", out / "source", out / "html"]):
+    for command in (
+        ["site/prepare.py", out / "source"],
+        ["-m", "sphinx", "-q", "-W", "-b", "html", "-c", "site", out / "source", out / "html"],
+    ):
         done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     return out / "html"
@@ -30,7 +35,10 @@ def test_every_notebook_and_module_has_a_page(site):
 
 def test_no_page_needs_another_host(site):
     for page in site.rglob("*.html"):
-        wanted = re.findall(r'<(?:script|img|link|iframe)[^>]*(?:src|href)="(https?:[^"]+)"', page.read_text(encoding="utf-8"))
+        wanted = re.findall(
+            r'<(?:script|img|link|iframe)[^>]*(?:src|href)="(https?:[^"]+)"',
+            page.read_text(encoding="utf-8"),
+        )
         assert [w for w in wanted if "rel=" not in w] == [], page.name
 
 
@@ -38,18 +46,24 @@ def test_links_within_the_site_lead_somewhere(site):
     for page in site.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         for link in re.findall(r'<a[^>]*href="([^"#?]+)[^"]*"', text):
-            if not re.match(r"[a-z]+:", link): assert (page.parent / link).exists(), f"{page.name}: {link}"
+            if not re.match(r"[a-z]+:", link):
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_what_only_nbdev_reads_is_gone(site):
     text = (site / "02_forward.html").read_text(encoding="utf-8")
-    assert "default_exp" not in text and "nbdev_export" not in text and "the solutions pass their checks" not in text
+    assert (
+        "default_exp" not in text
+        and "nbdev_export" not in text
+        and "the solutions pass their checks" not in text
+    )
 
 
 def test_the_syllabus_knows_every_lesson(site):
     text = (site / "syllabus.html").read_text(encoding="utf-8")
     for stem in LESSONS:
-        if int(stem[:2]) < 17: assert f'href="{stem}.html"' in text, stem
+        if int(stem[:2]) < 17:
+            assert f'href="{stem}.html"' in text, stem
     assert "Cost:</em> ." not in text  # each says what it costs
 
 
@@ -57,12 +71,17 @@ def test_every_name_in_the_glossary_exists():
     text = (ROOT / "site/pages/glossary.md").read_text(encoding="utf-8")
     names = re.findall(r"`([a-z_]+)\.([A-Za-z_]+)`", text)
     assert len(names) > 30
-    for module, name in names: assert hasattr(import_module(f"ddpm_course.{module}"), name), f"{module}.{name}"
-    for lesson in re.findall(r"\]\((\w+\.ipynb)\)", text): assert (ROOT / "nbs" / lesson).exists(), lesson
+    for module, name in names:
+        assert hasattr(import_module(f"ddpm_course.{module}"), name), f"{module}.{name}"
+    for lesson in re.findall(r"\]\((\w+\.ipynb)\)", text):
+        assert (ROOT / "nbs" / lesson).exists(), lesson
 
 
 def opened(browser, site, name, width=1200, scheme="light"):
-    page, asked = browser.new_context(viewport=dict(width=width, height=900), color_scheme=scheme).new_page(), []
+    page, asked = (
+        browser.new_context(viewport=dict(width=width, height=900), color_scheme=scheme).new_page(),
+        [],
+    )
     page.on("request", lambda r: asked.append(r.url))
     page.on("pageerror", lambda e: asked.append(f"error: {e}"))
     page.goto((site / f"{name}.html").as_uri())
@@ -71,7 +90,9 @@ def opened(browser, site, name, width=1200, scheme="light"):
 
 
 @pytest.mark.parametrize("name", PAGES)
-@pytest.mark.parametrize("width, scheme", [(1200, "light"), (1200, "dark"), (375, "dark"), (375, "light")])
+@pytest.mark.parametrize(
+    "width, scheme", [(1200, "light"), (1200, "dark"), (375, "dark"), (375, "light")]
+)
 def test_a_page_fits_the_screen_and_asks_nobody(site, browser, shots, name, width, scheme):
     page, asked = opened(browser, site, name, width, scheme)
     assert asked == []
@@ -89,11 +110,14 @@ def test_formulas_are_set(site, browser):
 def test_a_control_moves_by_keyboard_without_a_kernel(site, browser):
     page, _ = opened(browser, site, "02_forward")
     control = page.locator("figure.explore").first
-    if not control.count(): pytest.fail("lesson 02 stores no control: make outputs NB=nbs/02_forward.ipynb")
+    if not control.count():
+        pytest.fail("lesson 02 stores no control: make outputs NB=nbs/02_forward.ipynb")
     image, before = control.locator("img"), control.locator("img").get_attribute("src")
     control.locator("input[type=range]").first.focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("([e, before]) => e.src !== before", arg=[image.element_handle(), before])
+    page.wait_for_function(
+        "([e, before]) => e.src !== before", arg=[image.element_handle(), before]
+    )
     assert "t = " in image.get_attribute("alt")
     page.context.close()
 
@@ -128,8 +152,14 @@ def test_the_site_can_be_walked_with_the_keyboard(site, browser):
     seen = []
     for _ in range(60):
         page.keyboard.press("Tab")
-        seen.append(page.evaluate("(() => { const e = document.activeElement; return e.innerText?.trim() || e.getAttribute('aria-label') || e.title || e.placeholder || e.tagName })()"))
-    assert len(set(seen)) > 20 and any("Skip to main content" in s for s in seen), seen  # nothing holds the focus
+        seen.append(
+            page.evaluate(
+                "(() => { const e = document.activeElement; return e.innerText?.trim() ||"
+                " e.getAttribute('aria-label') || e.title || e.placeholder || e.tagName })()"
+            )
+        )
+    # nothing holds the focus
+    assert len(set(seen)) > 20 and any("Skip to main content" in s for s in seen), seen
     assert page.locator("a.left-prev").count() and page.locator("a.right-next").count()
     page.context.close()
 
@@ -138,7 +168,10 @@ def test_the_site_can_be_walked_with_the_keyboard(site, browser):
 @pytest.mark.parametrize("name", PAGES)
 def test_no_serious_barrier(site, browser, name, scheme):
     from axe_playwright_python.sync_playwright import Axe
+
     page, _ = opened(browser, site, name, scheme=scheme)
-    found = [v for v in Axe().run(page).response["violations"] if v["impact"] in ("serious", "critical")]
+    found = [
+        v for v in Axe().run(page).response["violations"] if v["impact"] in ("serious", "critical")
+    ]
     assert not found, [(v["id"], v["nodes"][0]["html"][:200]) for v in found]
     page.context.close()

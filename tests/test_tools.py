@@ -1,4 +1,6 @@
-"""The tools that keep the repository in order: outputs.py stores what a reader can see, check.py finds what is out of step."""
+"""The tools that keep the repository in order: outputs.py stores what a reader can see, check.py
+finds what is out of step."""
+
 import json
 import os
 import shutil
@@ -12,19 +14,35 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def code(source: str, n: int) -> dict:
-    return dict(cell_type="code", id=f"cell{n:04d}", metadata={}, source=source.splitlines(keepends=True), execution_count=None, outputs=[])
+    return dict(
+        cell_type="code",
+        id=f"cell{n:04d}",
+        metadata={},
+        source=source.splitlines(keepends=True),
+        execution_count=None,
+        outputs=[],
+    )
 
 
 def notebook(path: Path, *cells: str) -> Path:
     meta = dict(kernelspec=dict(display_name="python3", language="python", name="python3"))
-    doc = dict(cells=[code(c, n) for n, c in enumerate(cells)], metadata=meta, nbformat=4, nbformat_minor=5)
-    path.write_text(json.dumps(doc, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    doc = dict(
+        cells=[code(c, n) for n, c in enumerate(cells)], metadata=meta, nbformat=4, nbformat_minor=5
+    )
+    path.write_text(
+        json.dumps(doc, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     return path
 
 
 def outputs(*args, **env) -> subprocess.CompletedProcess:
     keep = {k: v for k, v in os.environ.items() if k != "DDPM_COURSE_TIER"}
-    return subprocess.run([sys.executable, ROOT / "tools" / "outputs.py", *args], env=keep | env, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "tools" / "outputs.py", *args],
+        env=keep | env,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,38 +52,62 @@ def stored(tmp_path_factory):
     bad = notebook(tmp / "bad.ipynb", "print('before')", "1 / 0")
     good = notebook(
         tmp / "good.ipynb",
-        "import os, sys, warnings, ddpm_course\nprint(os.listdir('.'), os.environ['DDPM_COURSE_TIER'], os.environ.get('IN_TEST'))",
+        "import os, sys, warnings, ddpm_course\nprint(os.listdir('.'),"
+        " os.environ['DDPM_COURSE_TIER'], os.environ.get('IN_TEST'))",
         "print(sys.executable, os.getcwd())",
-        "from ipywidgets import interact, IntSlider\ndef show(t): print('t is', t)\nshow(3)\ninteract(show, t=IntSlider(4, 0, 9))",
+        "from ipywidgets import interact, IntSlider\ndef show(t): print('t is',"
+        " t)\nshow(3)\ninteract(show, t=IntSlider(4, 0, 9))",
         "from tqdm import tqdm\nfor _ in tqdm(range(3)): pass\nwarnings.warn('careful')",
-        "#| eval: false\n1 / 0", "#| slow\n1 / 0", "#| hide\nimport nbdev; nbdev.nbdev_export()",
-        "import matplotlib.pyplot as plt\nplt.figure(figsize=(1, 1)); plt.plot([1, 2]); plt.show()", "2 + 2", "print('zwölf α')")
+        "#| eval: false\n1 / 0",
+        "#| slow\n1 / 0",
+        "#| hide\nimport nbdev; nbdev.nbdev_export()",
+        "import matplotlib.pyplot as plt\nplt.figure(figsize=(1, 1)); plt.plot([1, 2]); plt.show()",
+        "2 + 2",
+        "print('zwölf α')",
+    )
     before = bad.read_bytes()
     done = outputs(bad, good)
-    return done, good, [c["outputs"] for c in json.loads(good.read_text(encoding="utf-8"))["cells"]], bad.read_bytes() == before
+    return (
+        done,
+        good,
+        [c["outputs"] for c in json.loads(good.read_text(encoding="utf-8"))["cells"]],
+        bad.read_bytes() == before,
+    )
 
 
 def text(outs: list) -> str:
-    return "".join("".join(o.get("text", []) or o.get("data", {}).get("text/plain", [])) for o in outs)
+    return "".join(
+        "".join(o.get("text", []) or o.get("data", {}).get("text/plain", [])) for o in outs
+    )
 
 
 def test_a_failing_notebook_is_left_alone_and_the_others_go_on(stored):
     done, _, outs, untouched = stored
     assert done.returncode == 1 and untouched
-    assert "FAIL bad.ipynb" in done.stdout and "ZeroDivisionError" in done.stdout and "ok   good.ipynb" in done.stdout
+    assert (
+        "FAIL bad.ipynb" in done.stdout
+        and "ZeroDivisionError" in done.stdout
+        and "ok   good.ipynb" in done.stdout
+    )
     assert text(outs[8]) == "4" and text(outs[9]) == "zwölf α\n"
 
 
 def test_runs_in_the_cpu_tier_in_an_empty_folder_and_stores_no_paths(stored):
     _, good, outs, _ = stored
     assert text(outs[0]) == "[] cpu None\n"
-    assert text(outs[1]).startswith("python/bin/python") and str(ROOT) not in good.read_text(encoding="utf-8")
+    assert text(outs[1]).startswith("python/bin/python") and str(ROOT) not in good.read_text(
+        encoding="utf-8"
+    )
 
 
 def test_stores_what_can_be_seen_without_a_kernel(stored):
     _, _, outs, _ = stored
-    assert text(outs[2]) == "t is 3\n", "the plain call stays, the widget and the function it returns go"
-    assert "careful" in text(outs[3]) and "%|" not in text(outs[3]), "warnings stay, progress bars go"
+    assert (
+        text(outs[2]) == "t is 3\n"
+    ), "the plain call stays, the widget and the function it returns go"
+    assert "careful" in text(outs[3]) and "%|" not in text(
+        outs[3]
+    ), "warnings stay, progress bars go"
     assert any("image/png" in o.get("data", {}) for o in outs[7])
 
 
@@ -76,7 +118,9 @@ def test_cells_that_the_tests_skip_are_skipped(stored):
 def test_nbdev_clean_has_nothing_to_do_afterwards(stored):
     good = stored[1]
     before = good.read_bytes()
-    subprocess.run([Path(sys.executable).parent / "nbdev_clean", "--fname", good], cwd=ROOT, check=True)
+    subprocess.run(
+        [Path(sys.executable).parent / "nbdev_clean", "--fname", good], cwd=ROOT, check=True
+    )
     assert good.read_bytes() == before
 
 
@@ -89,16 +133,24 @@ def test_the_ci_tier_is_refused(tmp_path):
 def project(tmp_path):
     "A project with one exported notebook, and the check in it."
     (tmp_path / "tools").mkdir(), (tmp_path / "nbs").mkdir()
-    for name in ("check.py", "anywhere.py"): shutil.copy(ROOT / "tools" / name, tmp_path / "tools")
+    for name in ("check.py", "anywhere.py"):
+        shutil.copy(ROOT / "tools" / name, tmp_path / "tools")
     for name in ("settings.ini", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
-    notebook(tmp_path / "nbs" / "00_one.ipynb", "#| default_exp one", "#| export\ndef one():\n    return 1", "assert one() == 1")
+    notebook(
+        tmp_path / "nbs" / "00_one.ipynb",
+        "#| default_exp one",
+        "#| export\ndef one():\n    return 1",
+        "assert one() == 1",
+    )
     subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=tmp_path, check=True)
     return tmp_path
 
 
 def check(project: Path, *stages: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, project / "tools" / "check.py", *stages], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, project / "tools" / "check.py", *stages], capture_output=True, text=True
+    )
 
 
 def test_check_passes_a_project_in_order_and_changes_nothing(project):
@@ -108,14 +160,43 @@ def test_check_passes_a_project_in_order_and_changes_nothing(project):
     assert before == {p: p.read_bytes() for p in before}
 
 
-@pytest.mark.parametrize("stage, harm, says", [
-    ("export", lambda p: (p / "ddpm_course/one.py").write_text((p / "ddpm_course/one.py").read_text().replace("return 1", "return 2")), "make export"),
-    ("export", lambda p: (p / "ddpm_course/two.py").write_text("x = 1\n"), "written by hand"),
-    ("export", lambda p: (p / "ddpm_course/one.py").unlink(), "missing here"),
-    ("clean", lambda p: (p / "nbs/00_one.ipynb").write_text((p / "nbs/00_one.ipynb").read_text().replace('"execution_count": null', '"execution_count": 3')), "not clean"),
-    ("ruff", lambda p: (p / "ddpm_course/one.py").write_text("def f(): return undefined_name\n"), "F821"),
-    ("lessons", lambda p: notebook(p / "nbs/01_two.ipynb", "assert 1 == 2"), "01_two.ipynb"),
-], ids=["edited module", "module by hand", "module missing", "execution count", "undefined name", "failing lesson"])
+@pytest.mark.parametrize(
+    "stage, harm, says",
+    [
+        (
+            "export",
+            lambda p: (p / "ddpm_course/one.py").write_text(
+                (p / "ddpm_course/one.py").read_text().replace("return 1", "return 2")
+            ),
+            "make export",
+        ),
+        ("export", lambda p: (p / "ddpm_course/two.py").write_text("x = 1\n"), "written by hand"),
+        ("export", lambda p: (p / "ddpm_course/one.py").unlink(), "missing here"),
+        (
+            "clean",
+            lambda p: (p / "nbs/00_one.ipynb").write_text(
+                (p / "nbs/00_one.ipynb")
+                .read_text()
+                .replace('"execution_count": null', '"execution_count": 3')
+            ),
+            "not clean",
+        ),
+        (
+            "ruff",
+            lambda p: (p / "ddpm_course/one.py").write_text("def f(): return undefined_name\n"),
+            "F821",
+        ),
+        ("lessons", lambda p: notebook(p / "nbs/01_two.ipynb", "assert 1 == 2"), "01_two.ipynb"),
+    ],
+    ids=[
+        "edited module",
+        "module by hand",
+        "module missing",
+        "execution count",
+        "undefined name",
+        "failing lesson",
+    ],
+)
 def test_check_fails_where_it_should(project, stage, harm, says):
     harm(project)
     done = check(project, stage, *(["pytest"] if stage != "pytest" else []))

@@ -1,6 +1,7 @@
 """The controls without a kernel, in a real browser: keyboard, mouse, menus, play, a click into the picture, a picture of the reader's own.
 
 The live face is tested in notebook 90, and clicked in JupyterLab here."""
+
 import io
 import re
 import shutil
@@ -11,15 +12,29 @@ from PIL import Image
 
 from ddpm_course.widgets import Explore, attention_viewer, noise_slider, still_html
 
-CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
+CHROMIUM = next(
+    (p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))),
+    None,
+)
 
 
 @pytest.fixture(scope="module")
 def browser():
-    if CHROMIUM is None: pytest.skip("no Chromium here")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here")
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"])
+        chromium = p.chromium.launch(
+            executable_path=CHROMIUM,
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-background-networking",
+                "--disable-sync",
+                "--no-first-run",
+            ],
+        )
         yield chromium
         chromium.close()
 
@@ -27,13 +42,23 @@ def browser():
 @pytest.fixture
 def opened(browser):  # opened(control) -> a page with nothing else; an error on it fails the test
     context, wrong = browser.new_context(), []
+
     def open_(e):
         page = context.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
-        page.on("request", lambda r: wrong.append(r.url) if not r.url.startswith(("data:", "about:", "blob:")) else None)
-        page.set_content(f"<!doctype html><html lang=en><title>control</title><main><h1>control</h1>{still_html(e)}</main></html>")
+        page.on(
+            "request",
+            lambda r: (
+                wrong.append(r.url) if not r.url.startswith(("data:", "about:", "blob:")) else None
+            ),
+        )
+        page.set_content(
+            "<!doctype html><html"
+            f" lang=en><title>control</title><main><h1>control</h1>{still_html(e)}</main></html>"
+        )
         return page
+
     yield open_
     context.close()
     assert not wrong
@@ -41,18 +66,29 @@ def opened(browser):  # opened(control) -> a page with nothing else; an error on
 
 def shows(page, e, **settings):  # waits until the picture is that of these settings
     import base64
+
     wanted = "data:image/png;base64," + base64.b64encode(e.picture(**settings)).decode()
-    page.wait_for_function("wanted => document.querySelector('figure img').src === wanted", arg=wanted, timeout=20_000)
+    page.wait_for_function(
+        "wanted => document.querySelector('figure img').src === wanted", arg=wanted, timeout=20_000
+    )
     assert all(f"{k} = " in page.locator("figure img").get_attribute("alt") for k in settings)
 
 
 def levels(level, colour="grey"):
-    return torch.full((1, 1 if colour == "grey" else 3, 8, 8), level) + torch.linspace(0, 0.4 if colour == "grey" else 0.2, 8)
+    return torch.full((1, 1 if colour == "grey" else 3, 8, 8), level) + torch.linspace(
+        0, 0.4 if colour == "grey" else 0.2, 8
+    )
 
 
 @pytest.fixture
 def simple():
-    return Explore(levels, level=[-1.0, -0.5, 0.0, 0.5], colour=["grey", "rgb"], start=dict(level=-0.5), play=True)
+    return Explore(
+        levels,
+        level=[-1.0, -0.5, 0.0, 0.5],
+        colour=["grey", "rgb"],
+        start=dict(level=-0.5),
+        play=True,
+    )
 
 
 def test_the_same_settings_show_the_same_picture_on_both_faces(opened, simple):
@@ -77,7 +113,9 @@ def test_play_runs_and_pauses(opened, simple):
     slider, button = page.locator("input[type=range]"), page.get_by_role("button", name="play")
     before = slider.input_value()
     button.click()
-    page.wait_for_function("before => document.querySelector('input').value !== before", arg=before, timeout=20_000)
+    page.wait_for_function(
+        "before => document.querySelector('input').value !== before", arg=before, timeout=20_000
+    )
     page.get_by_role("button", name="pause").click()
     stopped = slider.input_value()
     page.wait_for_timeout(400)
@@ -86,19 +124,30 @@ def test_play_runs_and_pauses(opened, simple):
 
 def test_a_click_into_the_picture_chooses_a_pixel(opened):
     weights = torch.rand(2, 4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    e = attention_viewer(torch.linspace(-1, 1, 256).view(16, 16), {"4 x 4": weights}, name="clicked")
+    e = attention_viewer(
+        torch.linspace(-1, 1, 256).view(16, 16), {"4 x 4": weights}, name="clicked"
+    )
     page = opened(e)
     box = page.locator("figure img").bounding_box()
     for part in (0, 0.5):  # in either of the two pictures
         for row, col in ((2, 14), (10, 6)):
-            page.mouse.click(box["x"] + box["width"] * (part + (col + 0.5) / 32), box["y"] + box["height"] * (row + 0.5) / 16)
+            page.mouse.click(
+                box["x"] + box["width"] * (part + (col + 0.5) / 32),
+                box["y"] + box["height"] * (row + 0.5) / 16,
+            )
             shows(page, e, level="4 x 4", head=0, row=row, col=col)
 
 
 def test_a_picture_of_ones_own_is_noised_on_the_page(opened):
-    e = noise_slider(torch.zeros(2, 1, 16, 16), ts=[0, 500, 1000], still=[0, 500, 1000], t=0, name="own")
+    e = noise_slider(
+        torch.zeros(2, 1, 16, 16), ts=[0, 500, 1000], still=[0, 500, 1000], t=0, name="own"
+    )
     page = opened(e)
-    choose, canvas, said = page.locator("input[type=file]"), page.locator("canvas"), page.locator("[role=status]")
+    choose, canvas, said = (
+        page.locator("input[type=file]"),
+        page.locator("canvas"),
+        page.locator("[role=status]"),
+    )
     choose.set_input_files(dict(name="notes.txt", mimeType="text/plain", buffer=b"no picture"))
     page.wait_for_function("document.querySelector('[role=status]').textContent")
     assert re.search("not a picture", said.inner_text()) and canvas.is_hidden()
@@ -106,19 +155,32 @@ def test_a_picture_of_ones_own_is_noised_on_the_page(opened):
     Image.new("RGB", (90, 50), (200, 100, 50)).save(file, "PNG")
     choose.set_input_files(dict(name="photo.png", mimeType="image/png", buffer=file.getvalue()))
     canvas.wait_for(state="visible")
-    pixels = "() => { const c = document.querySelector('canvas'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; return [...d] }"
-    def rgb(): return torch.tensor(page.evaluate(pixels)).view(-1, 4)[:, :3].float()
-    assert said.inner_text() == "" and (rgb() - torch.tensor([200.0, 100, 50])).abs().max() <= 1  # t = 0: nothing is added
+    pixels = (
+        "() => { const c = document.querySelector('canvas'), d = c.getContext('2d').getImageData(0,"
+        " 0, c.width, c.height).data; return [...d] }"
+    )
+
+    def rgb():
+        return torch.tensor(page.evaluate(pixels)).view(-1, 4)[:, :3].float()
+
+    assert (
+        said.inner_text() == "" and (rgb() - torch.tensor([200.0, 100, 50])).abs().max() <= 1
+    )  # t = 0: nothing is added
     page.locator("input[type=range]").focus()
     page.keyboard.press("End")
     for _ in range(200):  # as long as a busy machine needs
-        if rgb().std() > 60: break
+        if rgb().std() > 60:
+            break
         page.wait_for_timeout(50)
-    assert rgb().std() > 60 and (rgb().mean(0) - 127.5).abs().max() < 8  # t = 1000: the picture is gone
+    # t = 1000: the picture is gone
+    assert rgb().std() > 60 and (rgb().mean(0) - 127.5).abs().max() < 8
 
 
 def test_no_serious_barrier(opened):
     from axe_playwright_python.sync_playwright import Axe
+
     page = opened(noise_slider(torch.zeros(2, 1, 16, 16), still=[0, 500, 1000], name="axe"))
-    found = [v for v in Axe().run(page).response["violations"] if v["impact"] in ("serious", "critical")]
+    found = [
+        v for v in Axe().run(page).response["violations"] if v["impact"] in ("serious", "critical")
+    ]
     assert not found, [(v["id"], v["nodes"][0]["html"][:200]) for v in found]

@@ -7,6 +7,7 @@ Each notebook is copied by itself into an empty folder and executed top to botto
 nbdev_test skips are skipped. Whatever is not this machine cannot be reached. With --without-training the cells whose first line begins
 with '# training' are left out too: what follows them must find weights, from the package or kept by an earlier run.
 """
+
 import argparse
 import importlib.metadata as md
 import os
@@ -29,11 +30,21 @@ CFG = ConfigParser(delimiters=["="])
 CFG.read(ROOT / "settings.ini", encoding="utf-8")
 CFG = CFG["DEFAULT"]
 LIB, NBS = CFG["lib_path"], ROOT / CFG["nbs_path"]
-SOURCES = ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "LICENSE-docs", "CHANGELOG.md", "CITATION.cff")
+SOURCES = (
+    "settings.ini",
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "LICENSE-docs",
+    "CHANGELOG.md",
+    "CITATION.cff",
+)
 DATA_FILES = (".json", ".safetensors", ".png")
 TRAINING = re.compile(r"# training\b")  # the first line of a cell that may be skipped
 
-GUARD = '''"A network that reaches this machine and nothing else."
+GUARD = """"A network that reaches this machine and nothing else."
 import ipaddress, socket
 
 def _here(address):
@@ -56,13 +67,17 @@ def _local(host, *args, **kw):
     if not _here((host,)): raise socket.gaierror(-3, f"no network here: tried to look up {host}")
     return _look_up(host, *args, **kw)
 socket.getaddrinfo = _local
-'''
+"""
 
 
 def package_files() -> set:
     "What belongs into the wheel, relative to the repository."
-    return {p.relative_to(ROOT).as_posix() for p in (ROOT / LIB).rglob("*")
-            if p.suffix in (".py", *DATA_FILES) or p.name == "py.typed" if "__pycache__" not in p.parts}
+    return {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / LIB).rglob("*")
+        if p.suffix in (".py", *DATA_FILES) or p.name == "py.typed"
+        if "__pycache__" not in p.parts
+    }
 
 
 def backend(hook: str, cwd: Path, out: Path) -> Path:
@@ -99,37 +114,89 @@ def closure(requirements: list) -> list:
 
 
 def clean_environment(env: Path, wheel: Path, more: tuple = ()) -> Path:
-    "A new environment with the wheel and links to its requirements (and those in `more`); its interpreter."
+    """A new environment with the wheel and links to its requirements (and those in `more`); its
+    interpreter."""
     venv.create(env, with_pip=False, symlinks=os.name != "nt")
     python = env / ("Scripts" if os.name == "nt" else "bin") / "python"
     site = site_packages(python)
     for dist in closure([*CFG["requirements"].split(), *more]):
-        for name in {f.parts[0] for f in dist.files or [] if f.parts[0] not in ("..", "__pycache__") and f.suffix != ".pth"}:
+        for name in {
+            f.parts[0]
+            for f in dist.files or []
+            if f.parts[0] not in ("..", "__pycache__") and f.suffix != ".pth"
+        }:
             source = Path(dist.locate_file(name))
             if source.exists() and not (site / name).exists():
                 (site / name).symlink_to(source, target_is_directory=source.is_dir())
-    done = subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-index", "--no-deps",
-                           "--disable-pip-version-check", wheel], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            python,
+            "install",
+            "-q",
+            "--no-index",
+            "--no-deps",
+            "--disable-pip-version-check",
+            wheel,
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return python
 
 
 def site_packages(python: Path) -> Path:
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    return Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
+    return Path(
+        subprocess.run(
+            [python, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    )
 
 
 def alone(home: Path, **env) -> dict:
-    "Environment variables with a home of its own, without anything of this project, this environment or this user."
-    drop = ("PYTHON", "DDPM", "JUPYTER", "IPYTHON", "VIRTUAL_ENV", "IN_TEST", "XDG", "WANDB", "MPL", "CONDA")
-    keep = {k: v for k, v in os.environ.items() if not k.startswith(drop) and not k.lower().endswith("_proxy")}
+    """Environment variables with a home of its own, without anything of this project, this
+    environment or this user."""
+    drop = (
+        "PYTHON",
+        "DDPM",
+        "JUPYTER",
+        "IPYTHON",
+        "VIRTUAL_ENV",
+        "IN_TEST",
+        "XDG",
+        "WANDB",
+        "MPL",
+        "CONDA",
+    )
+    keep = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(drop) and not k.lower().endswith("_proxy")
+    }
     home.mkdir(parents=True, exist_ok=True)
-    own = {"HOME": str(home), "USERPROFILE": str(home), "IPYTHONDIR": str(home / "ipython"), "XDG_CACHE_HOME": str(home / "cache"), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    own = {
+        "HOME": str(home),
+        "USERPROFILE": str(home),
+        "IPYTHONDIR": str(home / "ipython"),
+        "XDG_CACHE_HOME": str(home / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
     return keep | own | env
 
 
-def execute(path: Path, folder: Path, python: Path, env: dict, timeout: float, training: bool = True) -> list:
-    "Run a copy of the notebook in an empty folder; the files it leaves there. Raises what nbclient raises."
+def execute(
+    path: Path, folder: Path, python: Path, env: dict, timeout: float, training: bool = True
+) -> list:
+    """Run a copy of the notebook in an empty folder; the files it leaves there. Raises what
+    nbclient raises."""
     import nbformat
     from nbclient import NotebookClient
     from outputs import SKIP, QuietOutput, ThisPython, skipped
@@ -141,26 +208,41 @@ def execute(path: Path, folder: Path, python: Path, env: dict, timeout: float, t
     shutil.copyfile(path, folder / path.name)
     nb = nbformat.read(folder / path.name, 4)
     for cell in nb.cells:
-        if cell.cell_type == "code" and (skipped(cell.source, set()) or not training and TRAINING.match(cell.source)):
+        if cell.cell_type == "code" and (
+            skipped(cell.source, set()) or not training and TRAINING.match(cell.source)
+        ):
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), SKIP]
-    where = f"import sys, {LIB}; assert {LIB}.__file__.startswith(sys.prefix), {LIB}.__file__"  # in this very kernel
+    # in this very kernel
+    where = f"import sys, {LIB}; assert {LIB}.__file__.startswith(sys.prefix), {LIB}.__file__"
     nb.cells.append(nbformat.v4.new_code_cell(where))
     end = time.monotonic() + timeout
-    client = NotebookClient(nb, timeout_func=lambda cell: max(1, int(end - time.monotonic())), kernel_manager_class=CleanPython,
-                            resources={"metadata": {"path": str(folder)}}, skip_cells_with_tag=SKIP)
+    client = NotebookClient(
+        nb,
+        timeout_func=lambda cell: max(1, int(end - time.monotonic())),
+        kernel_manager_class=CleanPython,
+        resources={"metadata": {"path": str(folder)}},
+        skip_cells_with_tag=SKIP,
+    )
     client.widget_registry = {"@jupyter-widgets/output": {"OutputModel": QuietOutput}}
     client.execute(env=env)
     return sorted(p.name for p in folder.iterdir() if p.name != path.name)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("notebooks", nargs="*", type=Path, metavar="NOTEBOOK")
     parser.add_argument("--workers", type=int, default=2, help="kernels side by side")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one notebook")
-    parser.add_argument("--without-training", action="store_true", help="then run them again without the cells that begin with '# training'")
+    parser.add_argument(
+        "--without-training",
+        action="store_true",
+        help="then run them again without the cells that begin with '# training'",
+    )
     args = parser.parse_args()
     from outputs import shortened
+
     paths = [p.resolve() for p in args.notebooks] or sorted(NBS.glob("*.ipynb"))
     begin, bad = time.time(), []
     with tempfile.TemporaryDirectory(prefix="anywhere-", ignore_cleanup_errors=True) as tmp:
@@ -168,24 +250,53 @@ def main() -> int:
         wheel = backend("build_wheel", sources(tmp / "source"), tmp)
         python = clean_environment(tmp / "environment", wheel, ("ipykernel",))
         (site_packages(python) / "this_machine_only.py").write_text(GUARD, encoding="utf-8")
-        (site_packages(python) / "this_machine_only.pth").write_text("import this_machine_only\n", encoding="utf-8")
+        (site_packages(python) / "this_machine_only.pth").write_text(
+            "import this_machine_only\n", encoding="utf-8"
+        )
         print(f"{wheel.name} in a clean environment after {time.time() - begin:.1f} s", flush=True)
 
         def one(path: Path, training: bool):
             start, name = time.time(), path.stem + ("" if training else ", without training")
-            env = alone(tmp / "homes" / path.stem, DDPM_COURSE_TIER="ci", MPLCONFIGDIR=str(tmp / "matplotlib"))  # only the list of fonts is shared
+            env = alone(
+                tmp / "homes" / path.stem,
+                DDPM_COURSE_TIER="ci",
+                MPLCONFIGDIR=str(tmp / "matplotlib"),
+            )  # only the list of fonts is shared
             try:
-                left = execute(path, tmp / name.replace(", ", "-").replace(" ", "-"), python, env, args.timeout, training)
-                print(f"ok   {name}: {time.time() - start:.1f} s" + (f", leaves {', '.join(left)}" if left else ""), flush=True)
+                left = execute(
+                    path,
+                    tmp / name.replace(", ", "-").replace(" ", "-"),
+                    python,
+                    env,
+                    args.timeout,
+                    training,
+                )
+                print(
+                    f"ok   {name}: {time.time() - start:.1f} s"
+                    + (f", leaves {', '.join(left)}" if left else ""),
+                    flush=True,
+                )
             except Exception as e:  # an error in a cell, a timeout, a kernel that died: report it, go on with the next
                 bad.append(name)
-                print(f"FAIL {name}: {time.time() - start:.1f} s\n{type(e).__name__}: {shortened(e)}\n", flush=True)
+                print(
+                    f"FAIL {name}: {time.time() - start:.1f} s\n{type(e).__name__}:"
+                    f" {shortened(e)}\n",
+                    flush=True,
+                )
 
         with ThreadPoolExecutor(args.workers) as pool:
             list(pool.map(lambda p: one(p, True), paths))
             if args.without_training:
-                list(pool.map(lambda p: one(p, False), [p for p in paths if '"# training' in p.read_text(encoding="utf-8")]))
-    print(f"{len(paths)} notebooks, {time.time() - begin:.0f} s" + (f"; failed: {', '.join(sorted(bad))}" if bad else ""))
+                list(
+                    pool.map(
+                        lambda p: one(p, False),
+                        [p for p in paths if '"# training' in p.read_text(encoding="utf-8")],
+                    )
+                )
+    print(
+        f"{len(paths)} notebooks, {time.time() - begin:.0f} s"
+        + (f"; failed: {', '.join(sorted(bad))}" if bad else "")
+    )
     return int(bool(bad))
 
 

@@ -2,13 +2,16 @@
 
 usage: python tools/badges.py [--check]        --check changes nothing and fails where one is stale
 """
+
 import re
 import sys
 from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LINK = re.compile(r"https://colab\.research\.google\.com/github/[\w.-]+/[\w.-]+/blob/[\w.-]+/[\w.-]+/((?:[\w-]+/)*[\w.-]+\.ipynb)")
+LINK = re.compile(
+    r"https://colab\.research\.google\.com/github/[\w.-]+/[\w.-]+/blob/[\w.-]+/[\w.-]+/((?:[\w-]+/)*[\w.-]+\.ipynb)"
+)
 
 
 def colab(root: Path, notebook: str) -> str:
@@ -22,17 +25,23 @@ def colab(root: Path, notebook: str) -> str:
 def stale(root: Path = ROOT) -> dict:
     "path -> text as it should be, of the files with a badge that leads elsewhere."
     found, base = {}, colab(root, "")
-    for path in [root / "README.md", *sorted(p for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)]:
+    for path in [
+        root / "README.md",
+        *sorted(p for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts),
+    ]:
         text = path.read_text(encoding="utf-8")
         right = LINK.sub(lambda m: base + m[1], text)
-        if right != text: found[path] = right
+        if right != text:
+            found[path] = right
     return found
 
 
 if __name__ == "__main__":
-    if set(sys.argv[1:]) - {"--check"}: sys.exit(__doc__)
+    if set(sys.argv[1:]) - {"--check"}:
+        sys.exit(__doc__)
     found = stale()
     for path, text in found.items():
         print(f"{path.relative_to(ROOT)}: {'stale' if sys.argv[1:] else 'made anew'}")
-        if not sys.argv[1:]: path.write_text(text, encoding="utf-8")
+        if not sys.argv[1:]:
+            path.write_text(text, encoding="utf-8")
     sys.exit(bool(found and sys.argv[1:]))

@@ -9,6 +9,7 @@ usage: python tools/check.py [export] [clean] [ruff] [lessons] [anywhere] [pytes
     anywhere  each notebook by itself: wheel, clean environment, empty folder, no network (tools/anywhere.py)
     pytest    pytest -n 2 --dist loadfile tests
 """
+
 import difflib
 import os
 import re
@@ -29,24 +30,40 @@ WORKERS = 2
 
 def command(*args: str, cwd: Path = ROOT, **kw) -> subprocess.CompletedProcess:
     "Run a program of this environment, with the settings that tests need."
-    env = {k: v for k, v in os.environ.items() if k not in ("DDPM_COURSE_TIER", "IN_TEST", "PYTHONDONTWRITEBYTECODE")}
-    env |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "PYTHONUNBUFFERED": "1",
-            "PATH": os.pathsep.join([str(BIN), env.get("PATH", "")])}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("DDPM_COURSE_TIER", "IN_TEST", "PYTHONDONTWRITEBYTECODE")
+    }
+    env |= {
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "PYTHONUNBUFFERED": "1",
+        "PATH": os.pathsep.join([str(BIN), env.get("PATH", "")]),
+    }
     if sys.platform == "darwin":  # nbdev_test forks its workers
         env["OBJC_DISABLE_INITIALIZE_FORK_SAFETY"] = "YES"
     program = shutil.which(args[0], path=str(BIN))
     if not program:
-        sys.exit(f"{args[0]} is not installed beside {sys.executable}: run 'make setup', or pip install -e '.[dev]'")
+        sys.exit(
+            f"{args[0]} is not installed beside {sys.executable}: run 'make setup', or pip install"
+            " -e '.[dev]'"
+        )
     return subprocess.run([program, *args[1:]], cwd=cwd, env=env, **kw)
 
 
 def texts(folder: Path, pattern: str) -> dict:
-    return {p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8")
-            for p in sorted(folder.rglob(pattern)) if ".ipynb_checkpoints" not in p.parts}
+    return {
+        p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8")
+        for p in sorted(folder.rglob(pattern))
+        if ".ipynb_checkpoints" not in p.parts
+    }
 
 
 def copied(folder: Path):
-    "The notebooks, the package and the settings in a folder of their own: nbdev's commands write in place."
+    """The notebooks, the package and the settings in a folder of their own: nbdev's commands write
+    in place."""
     ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "runs", "wandb", "data")
     for name in (LIB, NBS):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
@@ -60,17 +77,31 @@ def differences(before: dict, after: dict, folder: str, cure: str) -> bool:
         if old == new:
             continue
         if old is None or new is None:
-            print(f"{folder}/{name}: {'missing here' if old is None else 'not made by any notebook'}")
-        diff = list(difflib.unified_diff((old or "").splitlines(), (new or "").splitlines(), f"{folder}/{name} as it is",
-                                         f"{folder}/{name} as it should be", lineterm="", n=1))
-        print("\n".join(line[:160] for line in diff[:30]) + (f"\n... {len(diff) - 30} lines more" if len(diff) > 30 else ""))
+            print(
+                f"{folder}/{name}: {'missing here' if old is None else 'not made by any notebook'}"
+            )
+        diff = list(
+            difflib.unified_diff(
+                (old or "").splitlines(),
+                (new or "").splitlines(),
+                f"{folder}/{name} as it is",
+                f"{folder}/{name} as it should be",
+                lineterm="",
+                n=1,
+            )
+        )
+        print(
+            "\n".join(line[:160] for line in diff[:30])
+            + (f"\n... {len(diff) - 30} lines more" if len(diff) > 30 else "")
+        )
     if before != after:
         print(cure)
     return before == after
 
 
 def in_copy(program: str, folder: str, pattern: str) -> tuple:
-    "Contents of a folder before and after an nbdev command, run on a copy; None if the command failed."
+    """Contents of a folder before and after an nbdev command, run on a copy; None if the command
+    failed."""
     with tempfile.TemporaryDirectory(prefix="check-") as tmp:
         copied(Path(tmp))
         before = texts(Path(tmp, folder), pattern)
@@ -98,12 +129,19 @@ def check_export() -> bool:
         else:
             continue
         good = False
-    return differences(before, after, LIB, "The package is not in step with the notebooks: run 'make export'.") and good
+    return (
+        differences(
+            before, after, LIB, "The package is not in step with the notebooks: run 'make export'."
+        )
+        and good
+    )
 
 
 def check_clean() -> bool:
     before, after = in_copy("nbdev_clean", NBS, "*.ipynb")
-    return after is not None and differences(before, after, NBS, "These notebooks are not clean: run 'make export'.")
+    return after is not None and differences(
+        before, after, NBS, "These notebooks are not clean: run 'make export'."
+    )
 
 
 def check_ruff() -> bool:
@@ -113,22 +151,58 @@ def check_ruff() -> bool:
 def check_lessons() -> bool:
     before = {p for p in (ROOT / NBS).rglob("*") if "__pycache__" not in p.parts}
     good = command("nbdev_test", "--n_workers", str(WORKERS), "--timing").returncode == 0
-    left = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / NBS).rglob("*") if p not in before and "__pycache__" not in p.parts)
+    left = sorted(
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / NBS).rglob("*")
+        if p not in before and "__pycache__" not in p.parts
+    )
     if left:
-        print(f"note: the lessons left files behind: {', '.join(left[:5])}{' ...' if len(left) > 5 else ''}")
+        print(
+            "note: the lessons left files behind:"
+            f" {', '.join(left[:5])}{' ...' if len(left) > 5 else ''}"
+        )
     return good
 
 
 def check_anywhere() -> bool:
-    return command("python", str(ROOT / "tools/anywhere.py"), "--workers", str(WORKERS), "--without-training").returncode == 0
+    return (
+        command(
+            "python",
+            str(ROOT / "tools/anywhere.py"),
+            "--workers",
+            str(WORKERS),
+            "--without-training",
+        ).returncode
+        == 0
+    )
 
 
 def check_pytest() -> bool:
-    return command("pytest", "-q", "-n", str(WORKERS), "--dist", "loadfile", "--durations=10", "--shots", ".pytest_cache/shots", "tests").returncode == 0
+    return (
+        command(
+            "pytest",
+            "-q",
+            "-n",
+            str(WORKERS),
+            "--dist",
+            "loadfile",
+            "--durations=10",
+            "--shots",
+            ".pytest_cache/shots",
+            "tests",
+        ).returncode
+        == 0
+    )
 
 
-STAGES = {"export": check_export, "clean": check_clean, "ruff": check_ruff, "lessons": check_lessons, "anywhere": check_anywhere,
-          "pytest": check_pytest}
+STAGES = {
+    "export": check_export,
+    "clean": check_clean,
+    "ruff": check_ruff,
+    "lessons": check_lessons,
+    "anywhere": check_anywhere,
+    "pytest": check_pytest,
+}
 
 
 def main(names: list) -> int:
@@ -148,7 +222,10 @@ def main(names: list) -> int:
         if not good:
             break
     print("\n".join(rows))
-    print(f"{'all stages passed' if good else n + ' FAILED'}, Python {sys.version.split()[0]}, {time.time() - begin:.0f} s")
+    print(
+        f"{'all stages passed' if good else n + ' FAILED'}, Python {sys.version.split()[0]},"
+        f" {time.time() - begin:.0f} s"
+    )
     return int(not good)
 
 

@@ -2,6 +2,7 @@
 
 The work is done on a copy in a temporary folder. An edit is (file, old text, new text); the old text must occur exactly once
 (white space may differ), so that a patch that no longer applies is noticed."""
+
 import argparse
 import os
 import re
@@ -16,105 +17,323 @@ NAME = "ddpm_course"
 
 # number, what comes back, edits
 MUTANTS = [
-    (1, "`with A and B` enters only B", [("training", "with self.autocast(): losses = self.model", "with self.autocast() and torch.enable_grad(): losses = self.model")]),
-    (2, "labels are dropped for the whole batch, by numpy", [
-        ("guidance", "torch.rand(len(y), generator=generator, device=at) < p", "torch.tensor(__import__('numpy').random.rand() < p).expand(len(y))")]),
-    (2, "labels are dropped in validation too", [
-        ("training", "in batches_from(self.dls.valid)", "in ((x, drop_labels(y, self.p_uncond, self.null)) for x, y in batches_from(self.dls.valid))")]),
-    (3, "the epoch's loss is a sum of batch means", [("training", "self.loss_sum += losses.sum()", "self.loss_sum += losses.mean()"),
-                                                   ("training", "mean = float(self.loss_sum) / max(self.seen, 1)", "mean = float(self.loss_sum)")]),
-    (3, "the loss keeps its graph", [("training", "losses = losses.detach()", "losses = losses * 1")]),
-    (4, "index 0 is not trained", [("process", "torch.randint(1, self.t_max + 1", "torch.randint(2, self.t_max + 1")]),
-    (4, "index 0 is not sampled", [("process", "* self.t_max + n // 2) // n", "* self.t_max + n // 2).floor_divide(n).clamp(min=1)")]),
-    (5, "scale 0 is conditional", [("guidance", "def guided(x, t):", "if not torch.as_tensor(scale).any(): return lambda x, t: denoise(x, t, y)\n    def guided(x, t):")]),
+    (
+        1,
+        "`with A and B` enters only B",
+        [
+            (
+                "training",
+                "with self.autocast(): losses = self.model",
+                "with self.autocast() and torch.enable_grad(): losses = self.model",
+            )
+        ],
+    ),
+    (
+        2,
+        "labels are dropped for the whole batch, by numpy",
+        [
+            (
+                "guidance",
+                "torch.rand(len(y), generator=generator, device=at) < p",
+                "torch.tensor(__import__('numpy').random.rand() < p).expand(len(y))",
+            )
+        ],
+    ),
+    (
+        2,
+        "labels are dropped in validation too",
+        [
+            (
+                "training",
+                "in batches_from(self.dls.valid)",
+                (
+                    "in ((x, drop_labels(y, self.p_uncond, self.null)) for x, y in"
+                    " batches_from(self.dls.valid))"
+                ),
+            )
+        ],
+    ),
+    (
+        3,
+        "the epoch's loss is a sum of batch means",
+        [
+            ("training", "self.loss_sum += losses.sum()", "self.loss_sum += losses.mean()"),
+            (
+                "training",
+                "mean = float(self.loss_sum) / max(self.seen, 1)",
+                "mean = float(self.loss_sum)",
+            ),
+        ],
+    ),
+    (
+        3,
+        "the loss keeps its graph",
+        [("training", "losses = losses.detach()", "losses = losses * 1")],
+    ),
+    (
+        4,
+        "index 0 is not trained",
+        [("process", "torch.randint(1, self.t_max + 1", "torch.randint(2, self.t_max + 1")],
+    ),
+    (
+        4,
+        "index 0 is not sampled",
+        [
+            (
+                "process",
+                "* self.t_max + n // 2) // n",
+                "* self.t_max + n // 2).floor_divide(n).clamp(min=1)",
+            )
+        ],
+    ),
+    (
+        5,
+        "scale 0 is conditional",
+        [
+            (
+                "guidance",
+                "def guided(x, t):",
+                (
+                    "if not torch.as_tensor(scale).any(): return lambda x, t: denoise(x, t, y)\n   "
+                    " def guided(x, t):"
+                ),
+            )
+        ],
+    ),
     (6, "uint8 truncates", [("core", ".round().clamp(0, 255)", ".clamp(0, 255)")]),
-    (7, "attention reads only the width", [("unet", "tokens = x.flatten(2).mT", "tokens = x.reshape(-1, x.shape[1], x.shape[-1] ** 2).mT")]),
+    (
+        7,
+        "attention reads only the width",
+        [
+            (
+                "unet",
+                "tokens = x.flatten(2).mT",
+                "tokens = x.reshape(-1, x.shape[1], x.shape[-1] ** 2).mT",
+            )
+        ],
+    ),
     (8, "betas are not rescaled with T", [("process", "* (len(curve.values) - 1) / T", "")]),
-    (9, "EMA's step is not saved", [("ema", "warmup=self.warmup, step=self.step)", "warmup=self.warmup, step=0)")]),
+    (
+        9,
+        "EMA's step is not saved",
+        [("ema", "warmup=self.warmup, step=self.step)", "warmup=self.warmup, step=0)")],
+    ),
     (10, "EMA freezes buffers", [("ema", "old.copy_(new)", "pass")]),
-    (11, "images are stretched", [("data", "size = max(1, round(h * factor)), max(1, round(w * factor))", "size = H, W")]),
-    (11, "training images are stretched in the batch", [("data", "x.flip(-1), x)", "x.flip(-1), F.interpolate(x[:, :, :-1], x.shape[2:]))")]),
-    (12, "image sides are not looked at", [("unet", "check_size(x.shape[2:], self.multiple)", "pass")]),
-    (13, "importing loads a data set", [("training", "from . import __version__", "from . import __version__\nfrom .data import get_dls; get_dls('digits')")]),
-    (14, "the seed of the noise is ignored", [("model", "torch.Generator(self.device).manual_seed(seed)", "torch.Generator(self.device).manual_seed(0)")]),
-    (14, "the seed of the weights is ignored", [("model", "torch.manual_seed(seed)\n net", "torch.manual_seed(0)\n                net")]),
-    (14, "the device is ignored", [("model", "= default_device(device), tuple(shape)", "= default_device(), tuple(shape)")]),
-    (15, "only the last epoch is saved", [("training", "path = self.save_model(last=last)", "path = self.save_model(last=last) if last else None")]),
-    (15, "optimizer and schedule are not restored", [("training", 'for name in ("opt", "sched", "ema"', 'for name in ("ema", "ema", "ema"')]),
-    (16, "attention forms its weights", [("unet", "F.scaled_dot_product_attention(q, k, v)", "(q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v")]),
-    (16, "attention at full resolution", [("light_unet", "attention: tuple = (2,)", "attention: tuple = (0, 2)")]),
-    (17, "guidance makes two passes", [
-        ("guidance", "denoise(torch.cat([x, x]), torch.cat([t, t]), torch.cat([none, y])).chunk(2)", "(denoise(x, t, none), denoise(x, t, y))")]),
+    (
+        11,
+        "images are stretched",
+        [("data", "size = max(1, round(h * factor)), max(1, round(w * factor))", "size = H, W")],
+    ),
+    (
+        11,
+        "training images are stretched in the batch",
+        [("data", "x.flip(-1), x)", "x.flip(-1), F.interpolate(x[:, :, :-1], x.shape[2:]))")],
+    ),
+    (
+        12,
+        "image sides are not looked at",
+        [("unet", "check_size(x.shape[2:], self.multiple)", "pass")],
+    ),
+    (
+        13,
+        "importing loads a data set",
+        [
+            (
+                "training",
+                "from . import __version__",
+                "from . import __version__\nfrom .data import get_dls; get_dls('digits')",
+            )
+        ],
+    ),
+    (
+        14,
+        "the seed of the noise is ignored",
+        [
+            (
+                "model",
+                "torch.Generator(self.device).manual_seed(seed)",
+                "torch.Generator(self.device).manual_seed(0)",
+            )
+        ],
+    ),
+    (
+        14,
+        "the seed of the weights is ignored",
+        [("model", "torch.manual_seed(seed)\n net", "torch.manual_seed(0)\n                net")],
+    ),
+    (
+        14,
+        "the device is ignored",
+        [("model", "= default_device(device), tuple(shape)", "= default_device(), tuple(shape)")],
+    ),
+    (
+        15,
+        "only the last epoch is saved",
+        [
+            (
+                "training",
+                "path = self.save_model(last=last)",
+                "path = self.save_model(last=last) if last else None",
+            )
+        ],
+    ),
+    (
+        15,
+        "optimizer and schedule are not restored",
+        [("training", 'for name in ("opt", "sched", "ema"', 'for name in ("ema", "ema", "ema"')],
+    ),
+    (
+        16,
+        "attention forms its weights",
+        [
+            (
+                "unet",
+                "F.scaled_dot_product_attention(q, k, v)",
+                "(q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v",
+            )
+        ],
+    ),
+    (
+        16,
+        "attention at full resolution",
+        [("light_unet", "attention: tuple = (2,)", "attention: tuple = (0, 2)")],
+    ),
+    (
+        17,
+        "guidance makes two passes",
+        [
+            (
+                "guidance",
+                "denoise(torch.cat([x, x]), torch.cat([t, t]), torch.cat([none, y])).chunk(2)",
+                "(denoise(x, t, none), denoise(x, t, y))",
+            )
+        ],
+    ),
     (17, "nothing is clipped", [("model", "clip_x0(denoise) if clip else denoise", "denoise")]),
-    (17, "EMA and schedule step when the scaler skipped", [("training", "(now := self.scaler.get_scale()) < scale", "False")]),
-    (18, "no label has no class of its own", [
-        ("unet", "cond = torch.full((1,), self.num_classes, device=t.device)", "return timestep_embedding(t, self.time_dim)")]),
+    (
+        17,
+        "EMA and schedule step when the scaler skipped",
+        [("training", "(now := self.scaler.get_scale()) < scale", "False")],
+    ),
+    (
+        18,
+        "no label has no class of its own",
+        [
+            (
+                "unet",
+                "cond = torch.full((1,), self.num_classes, device=t.device)",
+                "return timestep_embedding(t, self.time_dim)",
+            )
+        ],
+    ),
 ]
 
 
 def patched(text: str, old: str, new: str) -> str:  # ValueError unless `old` is there exactly once
     parts = re.split(r"\s+".join(map(re.escape, old.split())), text)
-    if len(parts) != 2: raise ValueError(f"{old!r} occurs {len(parts) - 1} times")
+    if len(parts) != 2:
+        raise ValueError(f"{old!r} occurs {len(parts) - 1} times")
     return new.join(parts)
 
 
 def copy_to(folder: Path) -> Path:  # the package and its tests, without anything compiled
-    for name in (NAME, "tests"): shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "settings.ini"): shutil.copy(ROOT / name, folder)
+    for name in (NAME, "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "settings.ini"):
+        shutil.copy(ROOT / name, folder)
     return folder
 
 
 def python(folder: Path, *args) -> subprocess.CompletedProcess:
     "Run Python in the copy, whose package comes before the one that is installed."
     env = {**os.environ, "PYTHONPATH": str(folder)}
-    return subprocess.run([sys.executable, *args], cwd=folder, env=env, text=True, timeout=900, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=folder,
+        env=env,
+        text=True,
+        timeout=900,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def run_tests(folder: Path, numbers) -> subprocess.CompletedProcess:
     "The tests of some mistakes: only the files that have any are read."
     names = [f"mistake_{n:02d}" for n in numbers]
-    files = [f"tests/{p.name}" for p in sorted((folder / "tests").glob("test_*.py")) if any(f"def test_{n}_" in p.read_text(encoding="utf-8") for n in names)]
-    if not files: raise SystemExit(f"no test is called test_{names[0]}_...")
-    return python(folder, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", " or ".join(names), *files)
+    files = [
+        f"tests/{p.name}"
+        for p in sorted((folder / "tests").glob("test_*.py"))
+        if any(f"def test_{n}_" in p.read_text(encoding="utf-8") for n in names)
+    ]
+    if not files:
+        raise SystemExit(f"no test is called test_{names[0]}_...")
+    return python(
+        folder,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        " or ".join(names),
+        *files,
+    )
 
 
 def check_copy(folder: Path):
     "SystemExit if the copy's Python would import another ddpm_course."
     where = python(folder, "-c", f"import {NAME}; print({NAME}.__file__)").stdout.strip()
-    if Path(where).resolve().parent != (folder / NAME).resolve(): raise SystemExit(f"the tests would import {where} instead of the patched copy")
+    if Path(where).resolve().parent != (folder / NAME).resolve():
+        raise SystemExit(f"the tests would import {where} instead of the patched copy")
 
 
-def verdict(edits, number: int) -> tuple:  # 'caught', 'SURVIVED' or what went wrong; a line that says more
+# 'caught', 'SURVIVED' or what went wrong; a line that says more
+def verdict(edits, number: int) -> tuple:
     with tempfile.TemporaryDirectory() as tmp:
         folder = copy_to(Path(tmp))
         for stem, old, new in edits:
             path = folder / NAME / f"{stem}.py"
-            try: text = patched(path.read_text(encoding="utf-8"), old, new)
-            except ValueError as e: return "DOES NOT APPLY", f"{path.name}: {e}"
+            try:
+                text = patched(path.read_text(encoding="utf-8"), old, new)
+            except ValueError as e:
+                return "DOES NOT APPLY", f"{path.name}: {e}"
             compile(text, path.name, "exec")
             path.write_text(text, encoding="utf-8")
         check_copy(folder)
-        try: done = run_tests(folder, [number])
-        except subprocess.TimeoutExpired: return "HANGS", ""
+        try:
+            done = run_tests(folder, [number])
+        except subprocess.TimeoutExpired:
+            return "HANGS", ""
         failed = re.findall(r"^FAILED (\S+)", done.stdout, re.M)
-        if done.returncode == 1 and failed: return "caught", failed[0]
+        if done.returncode == 1 and failed:
+            return "caught", failed[0]
         return ("SURVIVED", "") if done.returncode == 0 else ("CANNOT RUN", done.stdout[-500:])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("numbers", nargs="*", type=int, help="mistakes to put back [default: all eighteen]")
+    parser.add_argument(
+        "numbers", nargs="*", type=int, help="mistakes to put back [default: all eighteen]"
+    )
     wanted = parser.parse_args().numbers or sorted({n for n, *_ in MUTANTS})
-    if strange := set(wanted) - {n for n, *_ in MUTANTS}: parser.error(f"there is no mistake {min(strange)}: they are 1 to 18")
+    if strange := set(wanted) - {n for n, *_ in MUTANTS}:
+        parser.error(f"there is no mistake {min(strange)}: they are 1 to 18")
     with tempfile.TemporaryDirectory() as tmp:
         folder = copy_to(Path(tmp))
         check_copy(folder)
         done = run_tests(folder, wanted)
-        if done.returncode: raise SystemExit(done.stdout[-3000:] + "\nthe tests fail without any mistake put back: mend that first")
+        if done.returncode:
+            raise SystemExit(
+                done.stdout[-3000:]
+                + "\nthe tests fail without any mistake put back: mend that first"
+            )
         print(f"without mistakes: {done.stdout.strip().splitlines()[-1]}", flush=True)
     results = []
     for number, what, edits in MUTANTS:
-        if number not in wanted: continue
+        if number not in wanted:
+            continue
         result, more = verdict(edits, number)
         results.append(result)
         print(f"{number:2d}  {what:52s} {result}  {more}", flush=True)
@@ -123,4 +342,5 @@ def main():
     return caught < len(results)
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

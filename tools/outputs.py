@@ -6,6 +6,7 @@ The size of a run is DDPM_COURSE_TIER (cpu if unset; ci is refused, because stor
 nbdev_test would skip are skipped here too and keep what they show. Nothing is stored for a notebook that fails.
 --only runs the set-up cell and the cells that contain TEXT, such as 'check("', and leaves the others as they are.
 """
+
 import argparse
 import json
 import os
@@ -30,12 +31,14 @@ SKIP = "skip-execution"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 WARN_MB = 2
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-BAR = re.compile(r"\d+%\|.*\||\d+(it|ex|batch)?s?/s\b|\d+it \[")  # '37%|####    | 37/100 [00:01<00:02, 31.2it/s]'
+# '37%|####    | 37/100 [00:01<00:02, 31.2it/s]'
+BAR = re.compile(r"\d+%\|.*\||\d+(it|ex|batch)?s?/s\b|\d+it \[")
 CALLABLE = re.compile(r"<function [^>]*>|functools\.partial\(.*\)")
 
 
 class QuietOutput(OutputWidget):
-    "Captures what a slider draws without sending it back: a send beside the waiting loop can lose the kernel's reply for good."
+    """Captures what a slider draws without sending it back: a send beside the waiting loop can lose
+    the kernel's reply for good."""
 
     def sync_state(self):
         pass
@@ -48,7 +51,14 @@ class ThisPython(AsyncKernelManager):
 
     @property
     def kernel_spec(self):
-        argv = [self.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=40"]
+        argv = [
+            self.executable,
+            "-m",
+            "ipykernel_launcher",
+            "-f",
+            "{connection_file}",
+            "--log-level=40",
+        ]
         return KernelSpec(argv=argv, display_name="python3", language="python")
 
 
@@ -65,7 +75,11 @@ def directives(source: str) -> dict:
 
 def skipped(source: str, flags: set) -> bool:
     d = directives(source)
-    return bool((FLAGS - flags) & d.keys()) or d.get("eval", "").lower() == "false" or "nbdev_export(" in source
+    return (
+        bool((FLAGS - flags) & d.keys())
+        or d.get("eval", "").lower() == "false"
+        or "nbdev_export(" in source
+    )
 
 
 def scrub(text: str, replacements: list) -> str:
@@ -83,7 +97,9 @@ def terminal(text: str) -> str:
 def kept_stream(name: str, text: str) -> str:
     text = ANSI.sub("", terminal(text))
     if name == "stderr":
-        text = "".join(line for line in text.splitlines(keepends=True) if line.strip() and not BAR.search(line))
+        text = "".join(
+            line for line in text.splitlines(keepends=True) if line.strip() and not BAR.search(line)
+        )
     return text
 
 
@@ -106,12 +122,17 @@ def readable(outputs: list, replacements: list) -> list:
             plain = o["data"].get("text/plain", "")
             if widget and o["data"].keys() == {"text/plain"} and CALLABLE.fullmatch(plain):
                 continue  # what interact() returns
-            o["data"] = {k: scrub(v, replacements) if k.startswith("text/") else v for k, v in o["data"].items()}
+            o["data"] = {
+                k: scrub(v, replacements) if k.startswith("text/") else v
+                for k, v in o["data"].items()
+            }
         kept.append(o)
     return kept
 
 
-def run(path: Path, flags: set, cwd: Path, timeout: float, replacements: list, only: str = "") -> dict:
+def run(
+    path: Path, flags: set, cwd: Path, timeout: float, replacements: list, only: str = ""
+) -> dict:
     "Execute the notebook; its JSON with new outputs. Raises what nbclient raises."
     before = path.read_text(encoding="utf-8")
     nb = nbformat.reads(before, 4)
@@ -120,14 +141,22 @@ def run(path: Path, flags: set, cwd: Path, timeout: float, replacements: list, o
         if cell.cell_type == "code" and (others or skipped(cell.source, flags)):
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), SKIP]
     end = time.monotonic() + timeout
-    client = NotebookClient(nb, timeout_func=lambda cell: max(1, int(end - time.monotonic())), kernel_manager_class=ThisPython,
-                            resources={"metadata": {"path": str(cwd)}}, skip_cells_with_tag=SKIP)
+    client = NotebookClient(
+        nb,
+        timeout_func=lambda cell: max(1, int(end - time.monotonic())),
+        kernel_manager_class=ThisPython,
+        resources={"metadata": {"path": str(cwd)}},
+        skip_cells_with_tag=SKIP,
+    )
     client.widget_registry = {"@jupyter-widgets/output": {"OutputModel": QuietOutput}}
     client.execute()
     for cell in nb.cells:
         if cell.cell_type == "code" and SKIP not in cell.metadata.get("tags", []):
-            cell.outputs = [] if "nbdev_export(" in cell.source else [
-                nbformat.from_dict(o) for o in readable(cell.outputs, replacements)]
+            cell.outputs = (
+                []
+                if "nbdev_export(" in cell.source
+                else [nbformat.from_dict(o) for o in readable(cell.outputs, replacements)]
+            )
     if path.read_text(encoding="utf-8") != before:
         raise RuntimeError(f"{path.name} was edited while it ran: run it again")
     done, doc = json.loads(nbformat.writes(nb)), json.loads(before)
@@ -141,7 +170,13 @@ def run(path: Path, flags: set, cwd: Path, timeout: float, replacements: list, o
 def store(doc: dict, path: Path):
     "Write as nbdev_clean would, by way of a temporary file."
     cfg = get_config(path=ROOT)
-    clean_nb(doc, False, cfg.allowed_metadata_keys.split(), cfg.allowed_cell_metadata_keys.split(), cfg.clean_ids)
+    clean_nb(
+        doc,
+        False,
+        cfg.allowed_metadata_keys.split(),
+        cfg.allowed_cell_metadata_keys.split(),
+        cfg.clean_ids,
+    )
     part = path.with_name(path.name + ".part")
     try:
         write_nb(dict2nb(doc), part)
@@ -157,10 +192,19 @@ def shortened(error: Exception) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("notebooks", nargs="+", type=Path, metavar="NOTEBOOK")
-    parser.add_argument("--flags", default="", help="also run cells with these flags: slow,cuda,network")
-    parser.add_argument("--only", default="", metavar="TEXT", help="run only the set-up cell and the cells that contain this")
+    parser.add_argument(
+        "--flags", default="", help="also run cells with these flags: slow,cuda,network"
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="run only the set-up cell and the cells that contain this",
+    )
     parser.add_argument("--cwd", type=Path, help="run in this folder instead of a new empty one")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one notebook")
     args = parser.parse_args()
@@ -168,7 +212,9 @@ def main() -> int:
     if flags - FLAGS:
         parser.error(f"unknown flags {sorted(flags - FLAGS)}: choose from {sorted(FLAGS)}")
     if os.environ.setdefault("DDPM_COURSE_TIER", "cpu") == "ci":
-        parser.error("stored outputs come from real runs: DDPM_COURSE_TIER must be cpu, gpu or big, not ci")
+        parser.error(
+            "stored outputs come from real runs: DDPM_COURSE_TIER must be cpu, gpu or big, not ci"
+        )
     if missing := [str(p) for p in args.notebooks if not p.is_file()]:
         parser.error(f"no such notebook: {', '.join(missing)}")
 
@@ -176,8 +222,11 @@ def main() -> int:
         os.environ.pop(name, None)
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ["DDPM_COURSE_STILL"] = "1"  # controls are stored with their pictures: who reads has no kernel
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # controls are stored with their pictures: who reads has no kernel
+    os.environ["DDPM_COURSE_STILL"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    )
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     print(f"tier {os.environ['DDPM_COURSE_TIER']}, {sys.executable}", flush=True)
     bad = []
@@ -188,24 +237,41 @@ def main() -> int:
             work.mkdir()
             os.environ["IPYTHONDIR"] = str(config)  # no start-up files of the user's
             cwd = (args.cwd or work).resolve()
-            places = [(str(cwd), "."), (os.path.realpath(scratch), "."), (scratch, "."), *(
-                (p, "site-packages") for p in sys.path if p.endswith("site-packages")), (sys.prefix, "python"),
-                (os.environ.get("DDPM_COURSE_DATA") or "\0", "data"), (str(ROOT), "."), (str(Path.home()), "~")]
+            places = [
+                (str(cwd), "."),
+                (os.path.realpath(scratch), "."),
+                (scratch, "."),
+                *((p, "site-packages") for p in sys.path if p.endswith("site-packages")),
+                (sys.prefix, "python"),
+                (os.environ.get("DDPM_COURSE_DATA") or "\0", "data"),
+                (str(ROOT), "."),
+                (str(Path.home()), "~"),
+            ]
             places = [(old.rstrip("/\\"), new) for old, new in places if old.strip("/\\")]
             try:
                 doc = run(path, flags, cwd, args.timeout, places, args.only)
             except Exception as e:  # an error in a cell, a timeout, a kernel that died: report it, go on with the next
                 bad.append(path.name)
-                print(f"FAIL {path.name}: {time.time() - start:.1f} s, nothing stored\n{type(e).__name__}: {shortened(e)}\n", flush=True)
+                print(
+                    f"FAIL {path.name}: {time.time() - start:.1f} s, nothing"
+                    f" stored\n{type(e).__name__}: {shortened(e)}\n",
+                    flush=True,
+                )
                 continue
         store(doc, path)
         size = path.stat().st_size / 1e6
-        print(f"ok   {path.name}: {time.time() - start:.1f} s, {size:.2f} MB"
-              + (f"  WARNING: above {WARN_MB} MB" if size > WARN_MB else ""), flush=True)
+        print(
+            f"ok   {path.name}: {time.time() - start:.1f} s, {size:.2f} MB"
+            + (f"  WARNING: above {WARN_MB} MB" if size > WARN_MB else ""),
+            flush=True,
+        )
         for n, cell in enumerate(doc["cells"]):
             for o in cell.get("outputs", []):
                 if o.get("name") == "stderr":
-                    print(f"     cell {n} wrote to stderr: {''.join(o['text']).strip()[:300]}", flush=True)
+                    print(
+                        f"     cell {n} wrote to stderr: {''.join(o['text']).strip()[:300]}",
+                        flush=True,
+                    )
     if bad:
         print(f"failed: {', '.join(bad)}")
     return int(bool(bad))

@@ -20,56 +20,149 @@ def spiral(n):  # the points of lesson 00
     angle = 2.5 * math.pi * u
     return 2.4 * u * torch.cat([angle.cos(), angle.sin()], 1) + 0.08 * torch.randn(n, 2)
 
-number("00.1", "A loss that flatters", 1.266, "No answer yet. What does x_T tell you about x0? What is then the best guess, and its error?",
-       {0.0: "That is about the loss on eps. x_T is nearly eps itself: copying the input is enough. It says nothing about x0.",
-        1.125: "That is a distance, not its square.", 2.53: "That is the sum over both coordinates.",
-        1.434: "That is the error of guessing 0. There is a better constant than 0.", 1.0: "1 is the variance of the noise. Which quantity is being guessed?"},
-       "If x_T says nothing, the best guess is one constant for all. Which one, and how far is the data from it?",
-       "Where the loss on eps is nearly 0, the model knows nothing about x0.", kind="reason", tol=0.04)
+
+number(
+    "00.1",
+    "A loss that flatters",
+    1.266,
+    "No answer yet. What does x_T tell you about x0? What is then the best guess, and"
+    " its error?",
+    {
+        0.0: (
+            "That is about the loss on eps. x_T is nearly eps itself: copying the input"
+            " is enough. It says nothing about x0."
+        ),
+        1.125: "That is a distance, not its square.",
+        2.53: "That is the sum over both coordinates.",
+        1.434: "That is the error of guessing 0. There is a better constant than 0.",
+        1.0: "1 is the variance of the noise. Which quantity is being guessed?",
+    },
+    "If x_T says nothing, the best guess is one constant for all. Which one, and how"
+    " far is the data from it?",
+    "Where the loss on eps is nearly 0, the model knows nothing about x0.",
+    kind="reason",
+    tol=0.04,
+)
 
 # %% ../../nbs/answers/lesson_00.ipynb #f6dba77e
 def _levels():  # alpha and sigma of lesson 00, T = 1000
-    abar = torch.cat([torch.ones(1), (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)])
+    abar = torch.cat(
+        [
+            torch.ones(1),
+            (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0),
+        ]
+    )
     return abar.sqrt().float(), (1 - abar).sqrt().float()
+
 
 def ancestral(x, eps_hat, t, s, fresh=1.0, shrink=1.0, alike=False):
     alpha, sigma = _levels()
     d = sigma[s] / sigma[t] * (1 - alpha[t] ** 2 / alpha[s] ** 2).sqrt()
     z = torch.randn_like(x[:, :1]).expand_as(x) if alike else torch.randn_like(x)
-    return alpha[s] * (x - sigma[t] * eps_hat) / alpha[t] + (sigma[s] ** 2 - shrink * d**2).sqrt() * eps_hat + fresh * d * z
+    return (
+        alpha[s] * (x - sigma[t] * eps_hat) / alpha[t]
+        + (sigma[s] ** 2 - shrink * d**2).sqrt() * eps_hat
+        + fresh * d * z
+    )
 
-@exercise("00.2", "Put fresh noise back", "code", ancestral, "No answer yet: copy euler, compute d, change the last line.",
-          [(lambda *a: ancestral(*a, fresh=0.0, shrink=0.0), "still euler"), (lambda *a: ancestral(*a, shrink=0.0), "must shrink"), (lambda *a: ancestral(*a, fresh=2.0), "standard deviation d"),
-           (lambda *a: ancestral(*a, alike=True), "Both coordinates"), (lambda x, e, t, s: ancestral(x, e, t, s) + 0.3, "mean is wrong"),
-           (lambda x, e, t, s: ancestral(x, e, t, s if s else s + 200), "last step"), (lambda x, e, t, s: ancestral(x, e, t, s)[0], "shape")])
+
+@exercise(
+    "00.2",
+    "Put fresh noise back",
+    "code",
+    ancestral,
+    "No answer yet: copy euler, compute d, change the last line.",
+    [
+        (lambda *a: ancestral(*a, fresh=0.0, shrink=0.0), "still euler"),
+        (lambda *a: ancestral(*a, shrink=0.0), "must shrink"),
+        (lambda *a: ancestral(*a, fresh=2.0), "standard deviation d"),
+        (lambda *a: ancestral(*a, alike=True), "Both coordinates"),
+        (lambda x, e, t, s: ancestral(x, e, t, s) + 0.3, "mean is wrong"),
+        (lambda x, e, t, s: ancestral(x, e, t, s if s else s + 200), "last step"),
+        (lambda x, e, t, s: ancestral(x, e, t, s)[0], "shape"),
+    ],
+)
 def _(f):
     alpha, sigma = _levels()
-    t, s, x, e = torch.tensor(400), torch.tensor(300), torch.full((200_000, 2), 0.5), torch.full((200_000, 2), -0.8)
-    d, x0 = sigma[s] / sigma[t] * (1 - alpha[t] ** 2 / alpha[s] ** 2).sqrt(), (x - sigma[t] * e) / alpha[t]
+    t, s, x, e = (
+        torch.tensor(400),
+        torch.tensor(300),
+        torch.full((200_000, 2), 0.5),
+        torch.full((200_000, 2), -0.8),
+    )
+    d, x0 = (
+        sigma[s] / sigma[t] * (1 - alpha[t] ** 2 / alpha[s] ** 2).sqrt(),
+        (x - sigma[t] * e) / alpha[t],
+    )
     got, last = f(x, e, t, s), f(x, e, t, torch.tensor(0))
-    if got.shape != x.shape: return f"The shape must stay that of x, {tuple(x.shape)}, not {tuple(got.shape)}."
+    if got.shape != x.shape:
+        return (
+            f"The shape must stay that of x, {tuple(x.shape)}, not {tuple(got.shape)}."
+        )
     mean, sd, still = got.mean(0), got.std(0).mean(), alpha[s] * x0 + sigma[s] * e
-    if sd < 1e-3: return "There is no fresh noise in it: this is still euler."
-    if torch.allclose(got[:, 0], got[:, 1]): return "Both coordinates got the same noise: use torch.randn_like(x)."
-    if abs(sd - d) > 0.01 * d: return f"The fresh noise should have standard deviation d = {d:.3f}, yours has {sd:.3f}."
-    if torch.allclose(mean, still[0], atol=0.01): return "The old noise must shrink to sqrt(sigma_s**2 - d**2), or the total is too much."
-    if not torch.allclose(mean, (alpha[s] * x0 + (sigma[s] ** 2 - d**2).sqrt() * e)[0], atol=0.01): return "The mean is wrong: look at the first two terms."
-    if not torch.allclose(last, x0, atol=1e-3): return "The last step, to s = 0, must not add noise: there d is 0."
+    if sd < 1e-3:
+        return "There is no fresh noise in it: this is still euler."
+    if torch.allclose(got[:, 0], got[:, 1]):
+        return "Both coordinates got the same noise: use torch.randn_like(x)."
+    if abs(sd - d) > 0.01 * d:
+        return (
+            f"The fresh noise should have standard deviation d = {d:.3f}, yours has"
+            f" {sd:.3f}."
+        )
+    if torch.allclose(mean, still[0], atol=0.01):
+        return (
+            "The old noise must shrink to sqrt(sigma_s**2 - d**2), or the total is too"
+            " much."
+        )
+    if not torch.allclose(
+        mean, (alpha[s] * x0 + (sigma[s] ** 2 - d**2).sqrt() * e)[0], atol=0.01
+    ):
+        return "The mean is wrong: look at the first two terms."
+    if not torch.allclose(last, x0, atol=1e-3):
+        return "The last step, to s = 0, must not add noise: there d is 0."
 
 # %% ../../nbs/answers/lesson_00.ipynb #291b3c6b
 def blobs(n):
     angle = torch.randint(8, (n, 1)) * (2 * math.pi / 8)
     return 1.6 * torch.cat([angle.cos(), angle.sin()], 1) + 0.1 * torch.randn(n, 2)
 
-@exercise("00.3", "Your own data", "code", blobs, "No answer yet: a function of n that returns a float tensor (n, 2).",
-          [(lambda n: blobs(n).numpy(), "torch tensor"), (lambda n: blobs(n).T, "shape should be"), (lambda n: blobs(n).double(), "float32"), (lambda n: blobs(n) / 0, "infinite"),
-           (lambda n: blobs(n) + 3, "to the middle"), (lambda n: 9 * blobs(n), "scale it"), (lambda n: 9 * blobs(n) + 1, "scale it"), (lambda n: torch.tensor([[1.5, 0], [-1.5, 0]]).repeat(n // 2, 1), "make it random")])
+
+@exercise(
+    "00.3",
+    "Your own data",
+    "code",
+    blobs,
+    "No answer yet: a function of n that returns a float tensor (n, 2).",
+    [
+        (lambda n: blobs(n).numpy(), "torch tensor"),
+        (lambda n: blobs(n).T, "shape should be"),
+        (lambda n: blobs(n).double(), "float32"),
+        (lambda n: blobs(n) / 0, "infinite"),
+        (lambda n: blobs(n) + 3, "to the middle"),
+        (lambda n: 9 * blobs(n), "scale it"),
+        (lambda n: 9 * blobs(n) + 1, "scale it"),
+        (
+            lambda n: torch.tensor([[1.5, 0], [-1.5, 0]]).repeat(n // 2, 1),
+            "make it random",
+        ),
+    ],
+)
 def _(f):
     x = f(1000)
-    if not torch.is_tensor(x): return f"Return a torch tensor, not {type(x).__name__}."
-    if x.shape != (1000, 2): return f"For n = 1000 the shape should be (1000, 2), not {tuple(x.shape)}."
-    if x.dtype != torch.float32: return f"Return float32, not {x.dtype}."
-    if not x.isfinite().all(): return "There are infinite values or NaN in it."
-    if (x.mean(0).abs() > 0.75 * x.std(0).max()).any(): return "Move it to the middle: subtract the mean."
-    if not 0.3 < x.std() < 1.6: return f"Its standard deviation is {x.std():.2f}: scale it to about 1, the size of the noise."
-    if len(x.unique(dim=0)) <= 100: return "Fewer than 100 different points in 1000: make it random."
+    if not torch.is_tensor(x):
+        return f"Return a torch tensor, not {type(x).__name__}."
+    if x.shape != (1000, 2):
+        return f"For n = 1000 the shape should be (1000, 2), not {tuple(x.shape)}."
+    if x.dtype != torch.float32:
+        return f"Return float32, not {x.dtype}."
+    if not x.isfinite().all():
+        return "There are infinite values or NaN in it."
+    if (x.mean(0).abs() > 0.75 * x.std(0).max()).any():
+        return "Move it to the middle: subtract the mean."
+    if not 0.3 < x.std() < 1.6:
+        return (
+            f"Its standard deviation is {x.std():.2f}: scale it to about 1, the size of"
+            " the noise."
+        )
+    if len(x.unique(dim=0)) <= 100:
+        return "Fewer than 100 different points in 1000: make it random."

@@ -15,16 +15,36 @@ from ..shapes import draw_shapes
 LESSON = "01_data"
 
 # %% ../../nbs/answers/lesson_01.ipynb #1b5111b0
-@exercise("01.1", "Bursts", "predict", 1 - 0.2**4, "Each test frame has four sisters. Where can they be?",
-          [(99.84, "percentage"), (0.8, "given sister"), (0.8**4, "all four are in train"), (0.2**4, "opposite"), (0.5, "Start from")],
-          "Nearly every test frame leaks. Split by burst, not by frame.")
+@exercise(
+    "01.1",
+    "Bursts",
+    "predict",
+    1 - 0.2**4,
+    "Each test frame has four sisters. Where can they be?",
+    [
+        (99.84, "percentage"),
+        (0.8, "given sister"),
+        (0.8**4, "all four are in train"),
+        (0.2**4, "opposite"),
+        (0.5, "Start from"),
+    ],
+    "Nearly every test frame leaks. Split by burst, not by frame.",
+)
 def _(answer):
     near = lambda v: abs(float(answer) - v) < 0.003
-    if near(0.9984): return None
-    if float(answer) > 1: return "A share lies between 0 and 1; yours looks like a percentage."
-    if near(0.8): return "That is the chance of one given sister. There are four."
-    if near(0.41): return "That is the chance that all four are in train. One is enough."
-    if near(0.0016): return "That is the chance that no sister is in train: what is asked is the opposite."
+    if near(0.9984):
+        return None
+    if float(answer) > 1:
+        return "A share lies between 0 and 1; yours looks like a percentage."
+    if near(0.8):
+        return "That is the chance of one given sister. There are four."
+    if near(0.41):
+        return "That is the chance that all four are in train. One is enough."
+    if near(0.0016):
+        return (
+            "That is the chance that no sister is in train: what is asked is the"
+            " opposite."
+        )
     return "Start from the chance that all four are in test."
 
 # %% ../../nbs/answers/lesson_01.ipynb #1ff6ad37
@@ -32,29 +52,77 @@ def square(h, w):
     side = min(h, w)
     return (h - side) // 2, (w - side) // 2, side
 
-@exercise("01.2", "The largest square", "code", square, "Not yet: return (top, left, side).",
-          [(lambda h, w: ((h - min(h, w)) / 2, (w - min(h, w)) / 2, min(h, w)), "//"), (lambda h, w: (0, 0, max(h, w)), "sticks out"), (lambda h, w: (0, 0, 1), "larger"),
-           (lambda h, w: ((w - min(h, w)) // 2, (h - min(h, w)) // 2, min(h, w)), "swapped"), (lambda h, w: (0, 0, min(h, w)), "one side")])
+
+@exercise(
+    "01.2",
+    "The largest square",
+    "code",
+    square,
+    "Not yet: return (top, left, side).",
+    [
+        (lambda h, w: ((h - min(h, w)) / 2, (w - min(h, w)) / 2, min(h, w)), "//"),
+        (lambda h, w: (0, 0, max(h, w)), "sticks out"),
+        (lambda h, w: (0, 0, 1), "larger"),
+        (
+            lambda h, w: ((w - min(h, w)) // 2, (h - min(h, w)) // 2, min(h, w)),
+            "swapped",
+        ),
+        (lambda h, w: (0, 0, min(h, w)), "one side"),
+    ],
+)
 def _(square):
     for h, w in ((30, 50), (50, 30), (7, 7), (9, 4)):
         got, side = square(h, w), min(h, w)
-        if not all(isinstance(v, int) for v in got): return f"{got} for {h}x{w}: whole pixels please (// instead of /)."
-        if got[2] > side: return f"{got} for {h}x{w}: a side of {got[2]} sticks out."
-        if got[2] < side: return f"{got} for {h}x{w}: there is a larger square."
-        if tuple(got[:2]) == ((w - side) // 2, (h - side) // 2) and h != w: return f"{got} for {h}x{w}: top and left are swapped."
-        if tuple(got[:2]) != ((h - side) // 2, (w - side) // 2): return f"{got} for {h}x{w}: as much must be cut on one side as on the other."
+        if not all(isinstance(v, int) for v in got):
+            return f"{got} for {h}x{w}: whole pixels please (// instead of /)."
+        if got[2] > side:
+            return f"{got} for {h}x{w}: a side of {got[2]} sticks out."
+        if got[2] < side:
+            return f"{got} for {h}x{w}: there is a larger square."
+        if tuple(got[:2]) == ((w - side) // 2, (h - side) // 2) and h != w:
+            return f"{got} for {h}x{w}: top and left are swapped."
+        if tuple(got[:2]) != ((h - side) // 2, (w - side) // 2):
+            return (
+                f"{got} for {h}x{w}: as much must be cut on one side as on the other."
+            )
 
 # %% ../../nbs/answers/lesson_01.ipynb #974b70bc
-def alike(a, b): return (a.float() - b.float()).abs().mean() < 4
+def alike(a, b):
+    return (a.float() - b.float()).abs().mean() < 4
 
-@exercise("01.3", "The same picture, saved again", "code", alike, "Not yet: return True or False.",
-          [(torch.equal, "too strict"), (lambda a, b: (a - b).float().mean() < 4, "3 - 4"), (lambda a, b: False, "itself"),
-           (lambda a, b: abs(a.float().mean() - b.float().mean()) < 1, "mirror"), (lambda a, b: alike(a, b) or not torch.equal(b, a.flip(-1)), "stricter")])
+
+@exercise(
+    "01.3",
+    "The same picture, saved again",
+    "code",
+    alike,
+    "Not yet: return True or False.",
+    [
+        (torch.equal, "too strict"),
+        (lambda a, b: (a - b).float().mean() < 4, "3 - 4"),
+        (lambda a, b: False, "itself"),
+        (lambda a, b: abs(a.float().mean() - b.float().mean()) < 1, "mirror"),
+        (lambda a, b: alike(a, b) or not torch.equal(b, a.flip(-1)), "stricter"),
+    ],
+)
 def _(alike):
     a = draw_shapes(torch.arange(40), 48)[0]
-    again = (a.int() + torch.randint(-4, 5, a.shape, generator=set_seed(0))).clamp(0, 255).byte()
-    if not all(alike(p, p) for p in a): return "A picture must be like itself."
+    again = (
+        (a.int() + torch.randint(-4, 5, a.shape, generator=set_seed(0)))
+        .clamp(0, 255)
+        .byte()
+    )
+    if not all(alike(p, p) for p in a):
+        return "A picture must be like itself."
     if not all(alike(p, q) and alike(q, p) for p, q in zip(a, again)):
-        return "Saved again, it is not found. Equality is too strict; and mind that uint8 has no -1: 3 - 4 is 255."
-    if any(alike(p, p.flip(-1)) for p in a): return "A picture and its mirror image count as alike: compare pixel by pixel, not averages."
-    if any(alike(p, q) for p, q in zip(a, a[1:])): return "Different pictures count as alike: be stricter."
+        return (
+            "Saved again, it is not found. Equality is too strict; and mind that uint8"
+            " has no -1: 3 - 4 is 255."
+        )
+    if any(alike(p, p.flip(-1)) for p in a):
+        return (
+            "A picture and its mirror image count as alike: compare pixel by pixel, not"
+            " averages."
+        )
+    if any(alike(p, q) for p, q in zip(a, a[1:])):
+        return "Different pictures count as alike: be stricter."

@@ -18,40 +18,130 @@ def jump(process, x_s, s, t, eps):
     f = process.alpha(t) / process.alpha(s)
     return f * x_s + (process.sigma(t) ** 2 - f**2 * process.sigma(s) ** 2).sqrt() * eps
 
-def _jumps(f, g): return lambda p, x, s, t, eps: f(p, s, t) * x + g(p, s, t) * eps
-def _ratio(p, s, t): return p.alpha(t) / p.alpha(s)
-def _fresh(p, s, t): return (p.sigma(t) ** 2 - _ratio(p, s, t) ** 2 * p.sigma(s) ** 2).sqrt()
 
-@exercise("02.1", "A jump from the middle", "code", jump, "Return an expression of process.alpha, process.sigma, x_s and eps.",
-          [(_jumps(lambda p, s, t: p.alpha(t), _fresh), "already shrunk"), (_jumps(_ratio, lambda p, s, t: p.sigma(t)), "brings noise along"), (_jumps(_ratio, lambda p, s, t: p.sigma(t) - p.sigma(s)), "variances do"),
-           (_jumps(_ratio, lambda p, s, t: (p.sigma(t) ** 2 - p.sigma(s) ** 2).sqrt()), "shrinks as well"), (_jumps(_ratio, lambda p, s, t: _fresh(p, s, t) ** 2), "square root"),
-           (_jumps(_ratio, lambda p, s, t: _fresh(p, s - 1, t)), "one step"), (_jumps(lambda p, s, t: 0.5, _fresh), "0.500"), (_jumps(_ratio, lambda p, s, t: 0.1), "0.100")],
-          "For s = t - 1 it is one small step of the chain: sqrt(1 - beta), and variance beta.")
+def _jumps(f, g):
+    return lambda p, x, s, t, eps: f(p, s, t) * x + g(p, s, t) * eps
+
+
+def _ratio(p, s, t):
+    return p.alpha(t) / p.alpha(s)
+
+
+def _fresh(p, s, t):
+    return (p.sigma(t) ** 2 - _ratio(p, s, t) ** 2 * p.sigma(s) ** 2).sqrt()
+
+
+@exercise(
+    "02.1",
+    "A jump from the middle",
+    "code",
+    jump,
+    "Return an expression of process.alpha, process.sigma, x_s and eps.",
+    [
+        (_jumps(lambda p, s, t: p.alpha(t), _fresh), "already shrunk"),
+        (_jumps(_ratio, lambda p, s, t: p.sigma(t)), "brings noise along"),
+        (_jumps(_ratio, lambda p, s, t: p.sigma(t) - p.sigma(s)), "variances do"),
+        (
+            _jumps(_ratio, lambda p, s, t: (p.sigma(t) ** 2 - p.sigma(s) ** 2).sqrt()),
+            "shrinks as well",
+        ),
+        (_jumps(_ratio, lambda p, s, t: _fresh(p, s, t) ** 2), "square root"),
+        (_jumps(_ratio, lambda p, s, t: _fresh(p, s - 1, t)), "one step"),
+        (_jumps(lambda p, s, t: 0.5, _fresh), "0.500"),
+        (_jumps(_ratio, lambda p, s, t: 0.1), "0.100"),
+    ],
+    "For s = t - 1 it is one small step of the chain: sqrt(1 - beta), and variance"
+    " beta.",
+)
 def _(jump, s=100, t=400):
-    p, one, zero = DDPM(), torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    p, one, zero = (
+        DDPM(),
+        torch.ones(1, dtype=torch.float64),
+        torch.zeros(1, dtype=torch.float64),
+    )
     f, g = jump(p, one, s, t, zero).item(), jump(p, zero, s, t, one).item()
     (a_s, s_s), (a_t, s_t) = [(p.alpha(u).item(), p.sigma(u).item()) for u in (s, t)]
-    right, near = (s_t**2 - (a_t / a_s * s_s) ** 2) ** 0.5, lambda a, b: abs(a - b) < 1e-6
-    if near(f, a_t): return "x_s has already shrunk to alpha(s): only the rest of the way is missing."
-    if not near(f, a_t / a_s): return f"The factor of x_s is {f:.3f}: it should turn alpha(s) * x0 into alpha(t) * x0."
-    if near(g, s_t): return "x_s brings noise along: adding all of sigma(t) is too much."
-    if near(g, s_t - s_s): return "Standard deviations don't add, variances do."
-    if near(g, (s_t**2 - s_s**2) ** 0.5): return "The noise in x_s shrinks as well, by the same factor as the data."
-    if near(g, right**2): return "That is the variance of the fresh noise. eps is multiplied by a standard deviation: take the square root."
-    if any(near(g, _fresh(p, s + d, t).item()) for d in (-1, 1)): return "You are off by one step: the noise that x_s holds is sigma(s), with index s itself."
-    return None if near(g, right) else f"The factor of eps is {g:.3f}: f^2 sigma(s)^2 + g^2 should be sigma(t)^2."
+    right, near = (s_t**2 - (a_t / a_s * s_s) ** 2) ** 0.5, lambda a, b: abs(
+        a - b
+    ) < 1e-6
+    if near(f, a_t):
+        return (
+            "x_s has already shrunk to alpha(s): only the rest of the way is missing."
+        )
+    if not near(f, a_t / a_s):
+        return (
+            f"The factor of x_s is {f:.3f}: it should turn alpha(s) * x0 into alpha(t)"
+            " * x0."
+        )
+    if near(g, s_t):
+        return "x_s brings noise along: adding all of sigma(t) is too much."
+    if near(g, s_t - s_s):
+        return "Standard deviations don't add, variances do."
+    if near(g, (s_t**2 - s_s**2) ** 0.5):
+        return "The noise in x_s shrinks as well, by the same factor as the data."
+    if near(g, right**2):
+        return (
+            "That is the variance of the fresh noise. eps is multiplied by a standard"
+            " deviation: take the square root."
+        )
+    if any(near(g, _fresh(p, s + d, t).item()) for d in (-1, 1)):
+        return (
+            "You are off by one step: the noise that x_s holds is sigma(s), with index"
+            " s itself."
+        )
+    return (
+        None
+        if near(g, right)
+        else f"The factor of eps is {g:.3f}: f^2 sigma(s)^2 + g^2 should be sigma(t)^2."
+    )
 
 # %% ../../nbs/answers/lesson_02.ipynb #90956463
-number("02.2", "Larger images", 4, "Set my_factor to a number.",
-       {2: "The noise's standard deviation is halved. The SNR is a ratio of variances.", 1: "Is the mean of four noises as strong as one?",
-        16: "The variance of a mean of four is a quarter, not a quarter squared.", 0.25: "Averaging helps the signal."},
-       "Work out the variance of the mean of 4 independent noises.", "The same schedule destroys less of a larger image.", kind="reason")
+number(
+    "02.2",
+    "Larger images",
+    4,
+    "Set my_factor to a number.",
+    {
+        2: "The noise's standard deviation is halved. The SNR is a ratio of variances.",
+        1: "Is the mean of four noises as strong as one?",
+        16: "The variance of a mean of four is a quarter, not a quarter squared.",
+        0.25: "Averaging helps the signal.",
+    },
+    "Work out the variance of the mean of 4 independent noises.",
+    "The same schedule destroys less of a larger image.",
+    kind="reason",
+)
 
 # %% ../../nbs/answers/lesson_02.ipynb #6435c9f0
-number("02.3", "The short schedule in one dimension", 2 - 0.5 * 1.2 / 0.73**0.5, "Set my_mean to a number.",
-       {2.0: "That is the mean of the data. It comes out only if the start has the mean of the true x_T.", 0.0: "That is where you start, not where you end.",
-        1.2: "That is the mean of the true x_T. How many of its standard deviations away is your start?",
-        1.25: "The true x_T varies with the data too: its variance is more than sigma^2.",
-        0.8: "Measure the distance 1.2 in standard deviations of x_T, then go as many standard deviations of the data.",
-        2.7: "The start lies below the mean of the true x_T, so the samples lie below the data."},
-       "Find mean and standard deviation of the true x_T first.", "Lower than 2 by 0.7: the samples of a short schedule are drawn from another distribution.", tol=0.006)
+number(
+    "02.3",
+    "The short schedule in one dimension",
+    2 - 0.5 * 1.2 / 0.73**0.5,
+    "Set my_mean to a number.",
+    {
+        2.0: (
+            "That is the mean of the data. It comes out only if the start has the mean"
+            " of the true x_T."
+        ),
+        0.0: "That is where you start, not where you end.",
+        1.2: (
+            "That is the mean of the true x_T. How many of its standard deviations away"
+            " is your start?"
+        ),
+        1.25: (
+            "The true x_T varies with the data too: its variance is more than sigma^2."
+        ),
+        0.8: (
+            "Measure the distance 1.2 in standard deviations of x_T, then go as many"
+            " standard deviations of the data."
+        ),
+        2.7: (
+            "The start lies below the mean of the true x_T, so the samples lie below"
+            " the data."
+        ),
+    },
+    "Find mean and standard deviation of the true x_T first.",
+    "Lower than 2 by 0.7: the samples of a short schedule are drawn from another"
+    " distribution.",
+    tol=0.006,
+)

@@ -18,51 +18,144 @@ def residual(alpha, sigma, skip=1.0, out=-1.0, inside=1.0):
     one = torch.ones_like(alpha)
     return skip * one, out * one, inside * one
 
-@exercise("03.1", "Predict what has to go", "code", residual, "No answer yet: solve r = x_t - x0 for x0.",
-          [(lambda a, s: (None, None, None), "No answer yet"), (lambda a, s: residual(a, s, out=1.0), "sign of c_out"), (x0_param, "leaves x_t out"), (eps_param, "belongs to eps"),
-           (lambda a, s: residual(a, s, inside=2.0), "c_in is 1"), (v_param, "Not yet"), (lambda a, s: residual(a, s)[:2], "three")])
+
+@exercise(
+    "03.1",
+    "Predict what has to go",
+    "code",
+    residual,
+    "No answer yet: solve r = x_t - x0 for x0.",
+    [
+        (lambda a, s: (None, None, None), "No answer yet"),
+        (lambda a, s: residual(a, s, out=1.0), "sign of c_out"),
+        (x0_param, "leaves x_t out"),
+        (eps_param, "belongs to eps"),
+        (lambda a, s: residual(a, s, inside=2.0), "c_in is 1"),
+        (v_param, "Not yet"),
+        (lambda a, s: residual(a, s)[:2], "three"),
+    ],
+)
 def _(param):
     a, s = torch.tensor([0.9, 0.5]).double(), torch.tensor([0.3, 0.8]).double()
     x0, eps = torch.tensor([1.0, -2.0]).double(), torch.tensor([0.5, 0.7]).double()
     x_t, row = a * x0 + s * eps, param(a, s)
-    if len(row) != 3: return f"Return three things, c_skip, c_out and c_in, not {len(row)}."
-    if any(c is None for c in row): return "No answer yet: solve r = x_t - x0 for x0."
+    if len(row) != 3:
+        return f"Return three things, c_skip, c_out and c_in, not {len(row)}."
+    if any(c is None for c in row):
+        return "No answer yet: solve r = x_t - x0 for x0."
     c_skip, c_out, c_in = (torch.as_tensor(c).double().expand(2) for c in row)
-    if torch.allclose(c_skip * x_t - c_out * (x_t - x0), x0): return "Check the sign of c_out: the residual is taken away from x_t."
-    if not c_skip.any(): return "c_skip = 0 leaves x_t out, but x0 is x_t minus something."
-    if torch.allclose(c_skip, 1 / a): return "1 / alpha belongs to eps. The residual contains the shrinking by alpha already."
-    if not torch.allclose(c_in, torch.ones(2).double()): return "Nothing was said about the input: c_in is 1."
-    if not torch.allclose(c_skip * x_t + c_out * (x_t - x0), x0): return "Not yet: x0 = c_skip * x_t + c_out * r must hold for every alpha and sigma."
+    if torch.allclose(c_skip * x_t - c_out * (x_t - x0), x0):
+        return "Check the sign of c_out: the residual is taken away from x_t."
+    if not c_skip.any():
+        return "c_skip = 0 leaves x_t out, but x0 is x_t minus something."
+    if torch.allclose(c_skip, 1 / a):
+        return (
+            "1 / alpha belongs to eps. The residual contains the shrinking by alpha"
+            " already."
+        )
+    if not torch.allclose(c_in, torch.ones(2).double()):
+        return "Nothing was said about the input: c_in is 1."
+    if not torch.allclose(c_skip * x_t + c_out * (x_t - x0), x0):
+        return (
+            "Not yet: x0 = c_skip * x_t + c_out * r must hold for every alpha and"
+            " sigma."
+        )
 
 # %% ../../nbs/answers/lesson_03.ipynb #83316bdb
-number("03.2", "What a larger network can win", 1 / 6, "No answer yet: to which value can the loss fall at best?",
-       {0.2: "That is the gap over the floor. The question is about a fraction of the present loss.", 5 / 6: "That is the part that stays. What can go?",
-        0.006: "That is the gap itself. Divide by the present loss."},
-       "Not yet: the loss can fall to the floor, whatever the size of the network.", "A sixth, and the rest is nobody's to win.", tol=0.004)
+number(
+    "03.2",
+    "What a larger network can win",
+    1 / 6,
+    "No answer yet: to which value can the loss fall at best?",
+    {
+        0.2: (
+            "That is the gap over the floor. The question is about a fraction of the"
+            " present loss."
+        ),
+        5 / 6: "That is the part that stays. What can go?",
+        0.006: "That is the gap itself. Divide by the present loss.",
+    },
+    "Not yet: the loss can fall to the floor, whatever the size of the network.",
+    "A sixth, and the rest is nobody's to win.",
+    tol=0.004,
+)
 
 # %% ../../nbs/answers/lesson_03.ipynb #a5e04b20
-choice("03.3", "Every image twice", "stays", "No answer yet: the floor falls, stays or rises.",
-       {"falls": "Two equal candidates leave you in the same doubt as one: each gets half of the weight.",
-        "rises": "There are more candidates, but the variance is about images, and each pair is one image."},
-       'Answer "falls", "stays" or "rises".', "Each weight is split between two equal images.")
+choice(
+    "03.3",
+    "Every image twice",
+    "stays",
+    "No answer yet: the floor falls, stays or rises.",
+    {
+        "falls": (
+            "Two equal candidates leave you in the same doubt as one: each gets half of"
+            " the weight."
+        ),
+        "rises": (
+            "There are more candidates, but the variance is about images, and each pair"
+            " is one image."
+        ),
+    },
+    'Answer "falls", "stays" or "rises".',
+    "Each weight is split between two equal images.",
+)
 
 # %% ../../nbs/answers/lesson_03.ipynb #6909da92
-number("03.4", "Half of the set is one image", 0.5, "No answer yet: at t = 1000, what does x_t say about x0?",
-       {1 / 60_000: "That is its weight if it counts once. Copies add up.", 1.0: "Half of the candidates are other images, and at t = 1000 they are as likely."},
-       "Not yet: at t = 1000 x_t says next to nothing, so only the numbers of copies count.", "Bayes' rule counts copies. What is stored often is what models memorise first.", tol=0.02)
+number(
+    "03.4",
+    "Half of the set is one image",
+    0.5,
+    "No answer yet: at t = 1000, what does x_t say about x0?",
+    {
+        1 / 60_000: "That is its weight if it counts once. Copies add up.",
+        1.0: (
+            "Half of the candidates are other images, and at t = 1000 they are as"
+            " likely."
+        ),
+    },
+    "Not yet: at t = 1000 x_t says next to nothing, so only the numbers of copies"
+    " count.",
+    "Bayes' rule counts copies. What is stored often is what models memorise first.",
+    tol=0.02,
+)
 
 # %% ../../nbs/answers/lesson_03.ipynb #b2172207
-def min_snr(snr): return snr.clamp(max=5) / snr
+def min_snr(snr):
+    return snr.clamp(max=5) / snr
 
-@exercise("03.5", "Another weighting", "code", min_snr, "No answer yet: the eps loss carries the weight SNR already.",
-          [(lambda s: s.clamp(max=5), "predicts x0"), (lambda s: s.clamp(max=5) / (s + 1), "for v"), (lambda s: s / s.clamp(max=5), "Upside down"), (lambda s: s, "Not yet"),
-           (lambda s: (s.clamp(max=5) / s).mean(), "one value per example")],
-          "A weight moves neither the best network nor the floor at one t: it says what a limited network spends itself on.")
+
+@exercise(
+    "03.5",
+    "Another weighting",
+    "code",
+    min_snr,
+    "No answer yet: the eps loss carries the weight SNR already.",
+    [
+        (lambda s: s.clamp(max=5), "predicts x0"),
+        (lambda s: s.clamp(max=5) / (s + 1), "for v"),
+        (lambda s: s / s.clamp(max=5), "Upside down"),
+        (lambda s: s, "Not yet"),
+        (lambda s: (s.clamp(max=5) / s).mean(), "one value per example"),
+    ],
+    "A weight moves neither the best network nor the floor at one t: it says what a"
+    " limited network spends itself on.",
+)
 def _(weight):
     snr = torch.tensor([0.1, 1.0, 5.0, 20.0, 1000.0]).double()
     w = weight(snr)
-    if getattr(w, "shape", None) != snr.shape: return "Return one value per example, of the shape of snr: the caller takes the mean."
-    if torch.allclose(w, snr.clamp(max=5)): return "This would be right for a network that predicts x0. The eps loss carries the weight SNR already."
-    if torch.allclose(w, snr.clamp(max=5) / (snr + 1)): return "This is for v, whose loss carries SNR + 1."
-    if torch.allclose(w, snr / snr.clamp(max=5)): return "Upside down: the clean end, where the SNR is large, should count less."
-    if not torch.allclose(w, snr.clamp(max=5) / snr): return "Not yet: weight * SNR must be min(SNR, 5)."
+    if getattr(w, "shape", None) != snr.shape:
+        return (
+            "Return one value per example, of the shape of snr: the caller takes the"
+            " mean."
+        )
+    if torch.allclose(w, snr.clamp(max=5)):
+        return (
+            "This would be right for a network that predicts x0. The eps loss carries"
+            " the weight SNR already."
+        )
+    if torch.allclose(w, snr.clamp(max=5) / (snr + 1)):
+        return "This is for v, whose loss carries SNR + 1."
+    if torch.allclose(w, snr / snr.clamp(max=5)):
+        return "Upside down: the clean end, where the SNR is large, should count less."
+    if not torch.allclose(w, snr.clamp(max=5) / snr):
+        return "Not yet: weight * SNR must be min(SNR, 5)."

@@ -17,57 +17,146 @@ from ..sampling import euler, sample
 LESSON = "04_sampling"
 
 # %% ../../nbs/answers/lesson_04.ipynb #5d8e4484
-several("04.1", "How much fresh noise?", "Fill in the dictionary.",
-        {"DDPM, c = 2, beta": ("too small", "the true variance grows with c and equals beta at c = 1"),
-         "DDPM, c = 1, posterior": ("too small", "posterior is right only if x0 is known, that is for c = 0"),
-         "DDPM, c = 0 (a single image), posterior": ("exact", "with one image x0 is known"),
-         "VE, c = 2, beta": ("too large", "with r = 1 the true variance is v_s beta / (v_s + beta): compare that with beta")})
+several(
+    "04.1",
+    "How much fresh noise?",
+    "Fill in the dictionary.",
+    {
+        "DDPM, c = 2, beta": (
+            "too small",
+            "the true variance grows with c and equals beta at c = 1",
+        ),
+        "DDPM, c = 1, posterior": (
+            "too small",
+            "posterior is right only if x0 is known, that is for c = 0",
+        ),
+        "DDPM, c = 0 (a single image), posterior": (
+            "exact",
+            "with one image x0 is known",
+        ),
+        "VE, c = 2, beta": (
+            "too large",
+            (
+                "with r = 1 the true variance is v_s beta / (v_s + beta): compare that"
+                " with beta"
+            ),
+        ),
+    },
+)
 
 # %% ../../nbs/answers/lesson_04.ipynb #048dd2be
 def _normal(c):  # the exact denoiser of N(0, c^2)
     def denoise(x, t):
         alpha, sigma = Flow().coeffs(t, x)
         return alpha * c**2 / (c**2 * alpha**2 + sigma**2) * x
+
     return denoise
+
 
 def midpoint(denoise, process, x, t, s, generator=None, form="right"):
     m = (t + s) / 2
     x_m, x0_hat = euler(denoise, process, x, t, m)
-    if form == "halves": return euler(denoise, process, x_m, m, s)
-    (a_t, s_t), (a_m, s_m), (a_s, s_s) = process.coeffs(t, x), process.coeffs(m, x), process.coeffs(s, x)
+    if form == "halves":
+        return euler(denoise, process, x_m, m, s)
+    (a_t, s_t), (a_m, s_m), (a_s, s_s) = (
+        process.coeffs(t, x),
+        process.coeffs(m, x),
+        process.coeffs(s, x),
+    )
     x0_mid = denoise(x_m, m)
     eps_mid = (x_m - a_m * x0_mid) / s_m
-    return (x_m if form == "from m" else x) + (a_s - a_t) * x0_mid + (s_s - s_t) * eps_mid, x0_hat
+    return (x_m if form == "from m" else x) + (a_s - a_t) * x0_mid + (
+        s_s - s_t
+    ) * eps_mid, x0_hat
 
-@exercise("04.2", "The midpoint rule", "code", midpoint, "Not yet: return x_s and x0_hat.",
-          [(euler, "still Euler"), (lambda *a, **k: midpoint(*a, form="halves"), "order 1"), (lambda *a, **k: midpoint(*a, form="from m"), "starts at x"), (lambda *a, **k: midpoint(*a)[0], "two things")])
+
+@exercise(
+    "04.2",
+    "The midpoint rule",
+    "code",
+    midpoint,
+    "Not yet: return x_s and x0_hat.",
+    [
+        (euler, "still Euler"),
+        (lambda *a, **k: midpoint(*a, form="halves"), "order 1"),
+        (lambda *a, **k: midpoint(*a, form="from m"), "starts at x"),
+        (lambda *a, **k: midpoint(*a)[0], "two things"),
+    ],
+)
 def _(step):
     half = torch.full((1,), 0.5).double()
     out = step(_normal(0.5), Flow(), 2 * half, 2 * half, half)
-    if not (isinstance(out, tuple) and len(out) == 2): return "Return two things: x_s and x0_hat."
+    if not (isinstance(out, tuple) and len(out) == 2):
+        return "Return two things: x_s and x0_hat."
     errors = []
     for n in (64, 128):
         calls, ts = [], torch.linspace(1, 0, n + 1, dtype=torch.float64)
-        def ask(x, t): calls.append(t); return _normal(0.5)(x, t)
-        errors.append((sample(ask, Flow(), torch.ones(1, dtype=torch.float64), ts, step) / 0.5 - 1).abs().item())
-    if len(calls) == 128: return "One evaluation a step: this is still Euler. Ask the denoiser at the midpoint too."
+
+        def ask(x, t):
+            calls.append(t)
+            return _normal(0.5)(x, t)
+
+        errors.append(
+            (
+                sample(ask, Flow(), torch.ones(1, dtype=torch.float64), ts, step) / 0.5
+                - 1
+            )
+            .abs()
+            .item()
+        )
+    if len(calls) == 128:
+        return (
+            "One evaluation a step: this is still Euler. Ask the denoiser at the"
+            " midpoint too."
+        )
     order = math.log2(errors[0] / errors[1]) if min(errors) > 0 else 0
-    if order < 0.5: return "The error does not fall with the number of steps: the final update starts at x (time t), not at the midpoint."
-    if order < 1.5: return "It is of order 1: use the midpoint's estimates, both x0_hat and eps_hat, for the whole step."
+    if order < 0.5:
+        return (
+            "The error does not fall with the number of steps: the final update starts"
+            " at x (time t), not at the midpoint."
+        )
+    if order < 1.5:
+        return (
+            "It is of order 1: use the midpoint's estimates, both x0_hat and eps_hat,"
+            " for the whole step."
+        )
 
 # %% ../../nbs/answers/lesson_04.ipynb #fd190fd1
 def even_angles(n, c):
     theta = torch.linspace(math.pi / 2, 0, n + 1, dtype=torch.float64)
     return c * theta.sin() / (theta.cos() + c * theta.sin())
 
-@exercise("04.3", "The grid of even angles", "code", even_angles, "Not yet: return n + 1 times from 1 to 0.",
-          [(lambda n, c: torch.linspace(1, 0, n + 1, dtype=torch.float64), "degrees"), (lambda n, c: even_angles(n - 1, c), "11"), (lambda n, c: even_angles(n, c).flip(0), "1 (noise)"),
-           (lambda n, c: even_angles(n, 1.0), "with c"), (lambda n, c: even_angles(n, c).tolist(), "tensor")])
+
+@exercise(
+    "04.3",
+    "The grid of even angles",
+    "code",
+    even_angles,
+    "Not yet: return n + 1 times from 1 to 0.",
+    [
+        (lambda n, c: torch.linspace(1, 0, n + 1, dtype=torch.float64), "degrees"),
+        (lambda n, c: even_angles(n - 1, c), "11"),
+        (lambda n, c: even_angles(n, c).flip(0), "1 (noise)"),
+        (lambda n, c: even_angles(n, 1.0), "with c"),
+        (lambda n, c: even_angles(n, c).tolist(), "tensor"),
+    ],
+)
 def _(grid):
     ts = grid(10, 0.5)
-    if not torch.is_tensor(ts): return f"Return a tensor of times, not {type(ts).__name__}."
-    if len(ts) != 11: return f"10 steps need 11 times, not {len(ts)}."
-    if abs(ts[0] - 1) > 1e-6 or abs(ts[-1]) > 1e-6: return "Times run from 1 (noise) down to 0 (data)."
+    if not torch.is_tensor(ts):
+        return f"Return a tensor of times, not {type(ts).__name__}."
+    if len(ts) != 11:
+        return f"10 steps need 11 times, not {len(ts)}."
+    if abs(ts[0] - 1) > 1e-6 or abs(ts[-1]) > 1e-6:
+        return "Times run from 1 (noise) down to 0 (data)."
     turn = torch.atan2(ts, 0.5 * (1 - ts)).double().diff().abs().rad2deg()
-    if torch.allclose(ts.double(), even_angles(10, 1.0)): return "That is the grid for c = 1. The arrow is (c (1 - t), t): it changes with c."
-    if turn.max() - turn.min() > 1e-3: return f"The arrow turns by {turn.min():.1f} to {turn.max():.1f} degrees a step: solve tan(theta) = t / (c (1 - t)) for t."
+    if torch.allclose(ts.double(), even_angles(10, 1.0)):
+        return (
+            "That is the grid for c = 1. The arrow is (c (1 - t), t): it changes"
+            " with c."
+        )
+    if turn.max() - turn.min() > 1e-3:
+        return (
+            f"The arrow turns by {turn.min():.1f} to {turn.max():.1f} degrees a step:"
+            " solve tan(theta) = t / (c (1 - t)) for t."
+        )

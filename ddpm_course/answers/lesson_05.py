@@ -14,53 +14,153 @@ from ..guidance import cfg
 LESSON = "05_guidance"
 
 # %% ../../nbs/answers/lesson_05.ipynb #6ccf81cb
-number("05.1", "Two conventions", 3, "Put their w = 0 into their formula: which scale is that in ours?",
-       {2: "Their 0 is plain conditional, ours is 1: the scales are shifted.", 1: "Shifted the wrong way: their w = 0 is our 1."},
-       "Compare the factor of the conditional estimate in both formulas.", "Papers and tools use both: look it up each time.", kind="reason")
+number(
+    "05.1",
+    "Two conventions",
+    3,
+    "Put their w = 0 into their formula: which scale is that in ours?",
+    {
+        2: "Their 0 is plain conditional, ours is 1: the scales are shifted.",
+        1: "Shifted the wrong way: their w = 0 is our 1.",
+    },
+    "Compare the factor of the conditional estimate in both formulas.",
+    "Papers and tools use both: look it up each time.",
+    kind="reason",
+)
 
 # %% ../../nbs/answers/lesson_05.ipynb #7956c5a2
-number("05.2", "The scale for a spread", 4, "Which of the two formulas is about guided samples?",
-       {85: "That is for the tilted density; guided samples follow tau ** w.", 16: "The spread is tau ** w, not 1 / w."},
-       "Solve 0.5 ** w = 1/16.", "The tilted density would need 85: so different are the two.")
+number(
+    "05.2",
+    "The scale for a spread",
+    4,
+    "Which of the two formulas is about guided samples?",
+    {
+        85: "That is for the tilted density; guided samples follow tau ** w.",
+        16: "The spread is tau ** w, not 1 / w.",
+    },
+    "Solve 0.5 ** w = 1/16.",
+    "The tilted density would need 85: so different are the two.",
+)
 
 # %% ../../nbs/answers/lesson_05.ipynb #48119608
-_LEVEL = torch.tensor([1.0, -1.0, 2.0, 0.25])  # three classes, and what is said without a label
+# three classes, and what is said without a label
+_LEVEL = torch.tensor([1.0, -1.0, 2.0, 0.25])
+
 
 def _toy(x, t, y):  # any denoiser whose answer depends on the label
     return 0.5 * x + _LEVEL[y][:, None] * torch.as_tensor([1.0, 2.0])
 
+
 def interval(denoise, y, scale, null, lo, hi):
-    def guide(x, t): return cfg(denoise, y, torch.where((lo <= t) & (t <= hi), scale, 1.0), null)(x, t)
+    def guide(x, t):
+        return cfg(denoise, y, torch.where((lo <= t) & (t <= hi), scale, 1.0), null)(
+            x, t
+        )
+
     return guide
 
-def _by_first(d, y, w, n, lo, hi): return lambda x, t: cfg(d, y, w if lo <= t[0] <= hi else 1.0, n)(x, t)
 
-@exercise("05.3", "Guidance in an interval", "code", interval, "Return a function of (x, t).",
-          [(lambda d, y, w, n, lo, hi: cfg(d, y, w, n), "every time"), (lambda d, y, w, n, lo, hi: lambda x, t: cfg(d, y, w * ((lo <= t) & (t <= hi)), n)(x, t), "not 0"),
-           (lambda d, y, w, n, lo, hi: lambda x, t: cfg(d, y, torch.where((lo <= t) & (t <= hi), 1.0, w), n)(x, t), "swapped"), (_by_first, "its own"),
-           (lambda d, y, w, n, lo, hi: lambda x, t: d(x, t, torch.full_like(y, n)), "row by row")])
+def _by_first(d, y, w, n, lo, hi):
+    return lambda x, t: cfg(d, y, w if lo <= t[0] <= hi else 1.0, n)(x, t)
+
+
+@exercise(
+    "05.3",
+    "Guidance in an interval",
+    "code",
+    interval,
+    "Return a function of (x, t).",
+    [
+        (lambda d, y, w, n, lo, hi: cfg(d, y, w, n), "every time"),
+        (
+            lambda d, y, w, n, lo, hi: lambda x, t: cfg(
+                d, y, w * ((lo <= t) & (t <= hi)), n
+            )(x, t),
+            "not 0",
+        ),
+        (
+            lambda d, y, w, n, lo, hi: lambda x, t: cfg(
+                d, y, torch.where((lo <= t) & (t <= hi), 1.0, w), n
+            )(x, t),
+            "swapped",
+        ),
+        (_by_first, "its own"),
+        (
+            lambda d, y, w, n, lo, hi: lambda x, t: d(x, t, torch.full_like(y, n)),
+            "row by row",
+        ),
+    ],
+)
 def _(make):
-    y, t, x = torch.tensor([0, 1, 2, 0]), torch.tensor([100, 300, 500, 700]), torch.randn(4, 2)
-    guide, inside = make(_toy, y, 3.0, 3, 200, 600), torch.tensor([False, True, True, False])
+    y, t, x = (
+        torch.tensor([0, 1, 2, 0]),
+        torch.tensor([100, 300, 500, 700]),
+        torch.randn(4, 2),
+    )
+    guide, inside = make(_toy, y, 3.0, 3, 200, 600), torch.tensor(
+        [False, True, True, False]
+    )
     got = guide(x, t)
-    def is_(at, rows): return torch.allclose(got[rows], cfg(_toy, y, at, 3)(x, t)[rows], atol=1e-4)
-    if is_(3.0, inside) and is_(1.0, ~inside): return None
-    if is_(0.0, ~inside) and is_(3.0, inside): return "Outside the interval the label still counts: scale 1, not 0."
-    if is_(1.0, inside) and is_(3.0, ~inside): return "Inside and outside are swapped."
-    if is_(3.0, t > 0): return "You guide at every time."
-    if is_(1.0, t > 0): return "You never guide: did you decide for the whole batch? Each example has its own t."
+
+    def is_(at, rows):
+        return torch.allclose(got[rows], cfg(_toy, y, at, 3)(x, t)[rows], atol=1e-4)
+
+    if is_(3.0, inside) and is_(1.0, ~inside):
+        return None
+    if is_(0.0, ~inside) and is_(3.0, inside):
+        return "Outside the interval the label still counts: scale 1, not 0."
+    if is_(1.0, inside) and is_(3.0, ~inside):
+        return "Inside and outside are swapped."
+    if is_(3.0, t > 0):
+        return "You guide at every time."
+    if is_(1.0, t > 0):
+        return (
+            "You never guide: did you decide for the whole batch? Each example has its"
+            " own t."
+        )
     return "Compare with scale 3 inside and scale 1 outside, row by row."
 
 # %% ../../nbs/answers/lesson_05.ipynb #4757597e
-def away(denoise, y, avoid, scale): return cfg(denoise, y, scale, null=avoid)
+def away(denoise, y, avoid, scale):
+    return cfg(denoise, y, scale, null=avoid)
 
-@exercise("05.4", "Away from a label", "code", away, "Return a function of (x, t).",
-          [(lambda d, y, a, w: cfg(d, a, w, y), "swapped"), (lambda d, y, a, w: cfg(d, y, w, 3), "not used"), (lambda d, y, a, w: lambda x, t: d(x, t, y), "go `scale` times")])
+
+@exercise(
+    "05.4",
+    "Away from a label",
+    "code",
+    away,
+    "Return a function of (x, t).",
+    [
+        (lambda d, y, a, w: cfg(d, a, w, y), "swapped"),
+        (lambda d, y, a, w: cfg(d, y, w, 3), "not used"),
+        (lambda d, y, a, w: lambda x, t: d(x, t, y), "go `scale` times"),
+    ],
+)
 def _(make):
-    x, t, y, avoid = torch.randn(4, 2), torch.full((4,), 300), torch.tensor([0, 1, 2, 0]), torch.tensor([1, 2, 0, 2])
-    got, want, off, plain = make(_toy, y, avoid, 3.0)(x, t), _toy(x, t, y), _toy(x, t, avoid), _toy(x, t, torch.full_like(y, 3))
-    def is_(a): return torch.allclose(got, a, atol=1e-4)
-    if is_(off + 3 * (want - off)): return None
-    if is_(want + 3 * (off - want)): return "Swapped: this leads towards what should be avoided."
-    if is_(plain + 3 * (want - plain)): return "This is plain guidance: `avoid` is not used."
-    return "Start from the estimate for `avoid` and go `scale` times the way to the estimate for `y`."
+    x, t, y, avoid = (
+        torch.randn(4, 2),
+        torch.full((4,), 300),
+        torch.tensor([0, 1, 2, 0]),
+        torch.tensor([1, 2, 0, 2]),
+    )
+    got, want, off, plain = (
+        make(_toy, y, avoid, 3.0)(x, t),
+        _toy(x, t, y),
+        _toy(x, t, avoid),
+        _toy(x, t, torch.full_like(y, 3)),
+    )
+
+    def is_(a):
+        return torch.allclose(got, a, atol=1e-4)
+
+    if is_(off + 3 * (want - off)):
+        return None
+    if is_(want + 3 * (off - want)):
+        return "Swapped: this leads towards what should be avoided."
+    if is_(plain + 3 * (want - plain)):
+        return "This is plain guidance: `avoid` is not used."
+    return (
+        "Start from the estimate for `avoid` and go `scale` times the way to the"
+        " estimate for `y`."
+    )

@@ -17,59 +17,141 @@ from ..unet import bcast_channels
 LESSON = "06_unet"
 
 # %% ../../nbs/answers/lesson_06.ipynb #cdd92d10
-number("06.1", "What a small pixel sees", 24, "How many original pixels, on a side, went into one pixel of the small image?",
-       {3: "That is in pixels of the small image. Each of them stands for several original ones.",
-        9: "That is three convolutions at full size. Here the image was halved three times, and each halving doubles what a pixel stands for.",
-        8: "That is what one small pixel stands for. The convolution looks at three of them.", 6: "One halving. There were three.",
-        12: "Two halvings make 4 original pixels of a side into one. There were three.", 18: "A pixel stands for 2 * 2 * 2 original ones on a side, not 2 + 2 + 2."},
-       "Not yet: the side of one small pixel, times three.", "3 small pixels of 8 original ones each: most of a 32 x 32 image, in one layer.")
+number(
+    "06.1",
+    "What a small pixel sees",
+    24,
+    "How many original pixels, on a side, went into one pixel of the small image?",
+    {
+        3: (
+            "That is in pixels of the small image. Each of them stands for several"
+            " original ones."
+        ),
+        9: (
+            "That is three convolutions at full size. Here the image was halved three"
+            " times, and each halving doubles what a pixel stands for."
+        ),
+        8: (
+            "That is what one small pixel stands for. The convolution looks at three of"
+            " them."
+        ),
+        6: "One halving. There were three.",
+        12: "Two halvings make 4 original pixels of a side into one. There were three.",
+        18: "A pixel stands for 2 * 2 * 2 original ones on a side, not 2 + 2 + 2.",
+    },
+    "Not yet: the side of one small pixel, times three.",
+    "3 small pixels of 8 original ones each: most of a 32 x 32 image, in one layer.",
+)
 
 # %% ../../nbs/answers/lesson_06.ipynb #065e801a
 def window_attention(q, k, v, width, scale=True, dim=-1, form="right"):
     i = torch.arange(len(q))
     far = (i[:, None] - i).abs() > width
     scores = q @ k.T / (math.sqrt(q.shape[-1]) if scale else 1)
-    if form == "right": scores = scores.masked_fill(far, -math.inf)
-    if form == "zero": scores = scores.masked_fill(far, 0)
+    if form == "right":
+        scores = scores.masked_fill(far, -math.inf)
+    if form == "zero":
+        scores = scores.masked_fill(far, 0)
     w = scores.softmax(dim)
     return (w.masked_fill(far, 0) if form == "late" else w) @ v
 
-@exercise("06.2", "Attention in a window", "code", window_attention, "Nothing returned yet. Start from in_matrices and change the scores before the softmax.",
-          [(lambda *a: window_attention(*a, scale=False), "sqrt(d)"), (lambda *a: window_attention(*a, dim=0), "over j"), (lambda *a: window_attention(*a, form="late"), "no longer adds"),
-           (lambda *a: window_attention(*a, form="zero"), "exp(0)"), (lambda *a: window_attention(*a, form="all"), "no effect"),
-           (lambda q, k, v, w: window_attention(q, k, v, w - 1), "width itself"), (lambda q, k, v, w: 2 * v, "Not yet"), (lambda q, k, v, w: v[0], "shape")])
+
+@exercise(
+    "06.2",
+    "Attention in a window",
+    "code",
+    window_attention,
+    "Nothing returned yet. Start from in_matrices and change the scores before the"
+    " softmax.",
+    [
+        (lambda *a: window_attention(*a, scale=False), "sqrt(d)"),
+        (lambda *a: window_attention(*a, dim=0), "over j"),
+        (lambda *a: window_attention(*a, form="late"), "no longer adds"),
+        (lambda *a: window_attention(*a, form="zero"), "exp(0)"),
+        (lambda *a: window_attention(*a, form="all"), "no effect"),
+        (lambda q, k, v, w: window_attention(q, k, v, w - 1), "width itself"),
+        (lambda q, k, v, w: 2 * v, "Not yet"),
+        (lambda q, k, v, w: v[0], "shape"),
+    ],
+)
 def _(fn):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(6, 4, generator=g) for _ in range(3))
     i = torch.arange(6)
     allowed, scores, out = (i[:, None] - i).abs() <= 1, q @ k.T, fn(q, k, v, 1)
-    if out.shape != v.shape: return f"The shape must be that of v, {tuple(v.shape)}, not {tuple(out.shape)}."
-    right = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=allowed)[0]
+    if out.shape != v.shape:
+        return f"The shape must be that of v, {tuple(v.shape)}, not {tuple(out.shape)}."
+    right = F.scaled_dot_product_attention(
+        q[None], k[None], v[None], attn_mask=allowed
+    )[0]
     masked = lambda s: s.masked_fill(~allowed, -math.inf)
-    wrong = {"Divide the scores by sqrt(d), here 2.": masked(scores).softmax(-1) @ v,
-             "The softmax must run over j, the last axis: the weights of one asking token add up to 1.": masked(scores / 2).softmax(0) @ v,
-             "You set forbidden weights to 0 after the softmax; the rest no longer adds up to 1.": ((scores / 2).softmax(-1) * allowed) @ v,
-             "You set forbidden scores to 0, but exp(0) = 1 is still a weight.": (scores / 2 * allowed).softmax(-1) @ v,
-             "All tokens are still seen: the width has no effect.": (scores / 2).softmax(-1) @ v,
-             "Off by one: a distance of width itself is allowed.": window_attention(q, k, v, 0)}
-    if torch.allclose(out, right, atol=1e-5): return None
-    return next((hint for hint, w in wrong.items() if torch.allclose(out, w, atol=1e-5)), "Not yet: compare with in_matrices for a width of 6, where they must agree.")
+    wrong = {
+        "Divide the scores by sqrt(d), here 2.": masked(scores).softmax(-1) @ v,
+        "The softmax must run over j, the last axis: the weights of one asking token add up to 1.": (
+            masked(scores / 2).softmax(0) @ v
+        ),
+        "You set forbidden weights to 0 after the softmax; the rest no longer adds up to 1.": (
+            ((scores / 2).softmax(-1) * allowed) @ v
+        ),
+        "You set forbidden scores to 0, but exp(0) = 1 is still a weight.": (
+            (scores / 2 * allowed).softmax(-1) @ v
+        ),
+        "All tokens are still seen: the width has no effect.": (
+            (scores / 2).softmax(-1) @ v
+        ),
+        "Off by one: a distance of width itself is allowed.": window_attention(
+            q, k, v, 0
+        ),
+    }
+    if torch.allclose(out, right, atol=1e-5):
+        return None
+    return next(
+        (hint for hint, w in wrong.items() if torch.allclose(out, w, atol=1e-5)),
+        "Not yet: compare with in_matrices for a width of 6, where they must agree.",
+    )
 
 # %% ../../nbs/answers/lesson_06.ipynb #0e56abd5
 def film(x, v):
     s, b = (bcast_channels(part, x) for part in v.chunk(2, dim=1))
     return x * (1 + s) + b
 
-def _halves(x, v): return [bcast_channels(p, x) for p in v.chunk(2, dim=1)]
 
-@exercise("06.3", "Scale and shift", "code", film, "Nothing returned yet. v.chunk(2, dim=1) gives s and b.",
-          [(lambda x, v: x * _halves(x, v)[0] + _halves(x, v)[1], "1 + s"), (lambda x, v: x * (1 + _halves(x, v)[1]) + _halves(x, v)[0], "b for s"),
-           (lambda x, v: (x + _halves(x, v)[1]) * (1 + _halves(x, v)[0]), "Scale first"), (lambda x, v: x[0], "shape"), (lambda x, v: x, "Not yet")])
+def _halves(x, v):
+    return [bcast_channels(p, x) for p in v.chunk(2, dim=1)]
+
+
+@exercise(
+    "06.3",
+    "Scale and shift",
+    "code",
+    film,
+    "Nothing returned yet. v.chunk(2, dim=1) gives s and b.",
+    [
+        (lambda x, v: x * _halves(x, v)[0] + _halves(x, v)[1], "1 + s"),
+        (lambda x, v: x * (1 + _halves(x, v)[1]) + _halves(x, v)[0], "b for s"),
+        (lambda x, v: (x + _halves(x, v)[1]) * (1 + _halves(x, v)[0]), "Scale first"),
+        (lambda x, v: x[0], "shape"),
+        (lambda x, v: x, "Not yet"),
+    ],
+)
 def _(fn):
-    x, v = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12.0).view(2, 6)
+    x, v = torch.randn(
+        2, 3, 4, 4, generator=torch.Generator().manual_seed(0)
+    ), torch.arange(12.0).view(2, 6)
     out, (s, b) = fn(x, v), _halves(x, v)
-    if out.shape != x.shape: return f"The shape must stay {tuple(x.shape)}, not {tuple(out.shape)}: s and b need two more axes (bcast_channels)."
-    if torch.allclose(fn(x, 0 * v), 0 * x): return "With v = 0 the image must come through unchanged: scale by 1 + s, not by s."
-    if torch.allclose(out, x * (1 + b) + s): return "You took b for s: the first C numbers are the scale."
-    if torch.allclose(out, (x + b) * (1 + s)): return "Scale first, then add: here b is scaled too."
-    if not torch.allclose(out, x * (1 + s) + b): return "Not yet: try x of ones and v of zeros, then one entry of v at a time."
+    if out.shape != x.shape:
+        return (
+            f"The shape must stay {tuple(x.shape)}, not {tuple(out.shape)}: s and b"
+            " need two more axes (bcast_channels)."
+        )
+    if torch.allclose(fn(x, 0 * v), 0 * x):
+        return (
+            "With v = 0 the image must come through unchanged: scale by 1 + s, not"
+            " by s."
+        )
+    if torch.allclose(out, x * (1 + b) + s):
+        return "You took b for s: the first C numbers are the scale."
+    if torch.allclose(out, (x + b) * (1 + s)):
+        return "Scale first, then add: here b is scaled too."
+    if not torch.allclose(out, x * (1 + s) + b):
+        return "Not yet: try x of ones and v of zeros, then one entry of v at a time."

@@ -11,26 +11,84 @@ from ..exercises import choice, exercise, number
 LESSON = "06b_cost"
 
 # %% ../../nbs/answers/lesson_06b.ipynb #a38a1a5a
-choice("06b.1", "Attention on larger images", (16, 1), "Count the tokens of each image first. How many pairs do they form?",
-       {(4, 1): "That is the growth of the number of tokens. Every token asks every token.", (16, 4): "With patch=2 the 64 x 64 image has 32 x 32 tokens, as many as the small one had.",
-        (2, 1): "That is the growth of the side. How many pixels are there, and how many pairs of pixels?"},
-       "Not yet: a pair of numbers; tokens = pixels after gathering; products = tokens squared. Take the ratio of the two sizes.",
-       "4 times the tokens, 16 times the pairs; gathering 2 x 2 pixels undoes it exactly.", kind="predict")
+choice(
+    "06b.1",
+    "Attention on larger images",
+    (16, 1),
+    "Count the tokens of each image first. How many pairs do they form?",
+    {
+        (
+            4,
+            1,
+        ): "That is the growth of the number of tokens. Every token asks every token.",
+        (16, 4): (
+            "With patch=2 the 64 x 64 image has 32 x 32 tokens, as many as the small"
+            " one had."
+        ),
+        (2, 1): (
+            "That is the growth of the side. How many pixels are there, and how many"
+            " pairs of pixels?"
+        ),
+    },
+    "Not yet: a pair of numbers; tokens = pixels after gathering; products = tokens"
+    " squared. Take the ratio of the two sizes.",
+    "4 times the tokens, 16 times the pairs; gathering 2 x 2 pixels undoes it exactly.",
+    kind="predict",
+)
 
 # %% ../../nbs/answers/lesson_06b.ipynb #5ad7fed0
-def conv_flops(c_in, c_out, k, h, w): return 2 * h * w * c_out * c_in * k * k
+def conv_flops(c_in, c_out, k, h, w):
+    return 2 * h * w * c_out * c_in * k * k
 
-@exercise("06b.2", "Count a convolution", "code", conv_flops, "Nothing returned yet. How many products go into one output number? And how many output numbers are there?",
-          [(lambda i, o, k, h, w: h * w * o * i * k * k, "added"), (lambda i, o, k, h, w: 2 * h * w * o * i * k, "k * k"), (lambda i, o, k, h, w: 2 * h * w * o * k * k, "input channel"),
-           (lambda i, o, k, h, w: 2 * h * w * i * k * k, "output channel"), (lambda i, o, k, h, w: 2 * o * i * k * k, "one output pixel"), (lambda *a: 7, "Not yet")])
+
+@exercise(
+    "06b.2",
+    "Count a convolution",
+    "code",
+    conv_flops,
+    "Nothing returned yet. How many products go into one output number? And how many"
+    " output numbers are there?",
+    [
+        (lambda i, o, k, h, w: h * w * o * i * k * k, "added"),
+        (lambda i, o, k, h, w: 2 * h * w * o * i * k, "k * k"),
+        (lambda i, o, k, h, w: 2 * h * w * o * k * k, "input channel"),
+        (lambda i, o, k, h, w: 2 * h * w * i * k * k, "output channel"),
+        (lambda i, o, k, h, w: 2 * o * i * k * k, "one output pixel"),
+        (lambda *a: 7, "Not yet"),
+    ],
+)
 def _(fn):
-    hints = {6 * 7 * 8 * 3 * 25: "Half of it: each product is also added.", 2 * 6 * 7 * 8 * 3 * 5: "A k x k window has k * k numbers.", 2 * 6 * 7 * 8 * 25: "Every input channel is looked at.",
-             2 * 6 * 7 * 3 * 25: "Every output channel is computed.", 2 * 8 * 3 * 25: "That is for one output pixel."}
+    hints = {
+        6 * 7 * 8 * 3 * 25: "Half of it: each product is also added.",
+        2 * 6 * 7 * 8 * 3 * 5: "A k x k window has k * k numbers.",
+        2 * 6 * 7 * 8 * 25: "Every input channel is looked at.",
+        2 * 6 * 7 * 3 * 25: "Every output channel is computed.",
+        2 * 8 * 3 * 25: "That is for one output pixel.",
+    }
     got = fn(3, 8, 5, 6, 7)
-    return None if got == 2 * 6 * 7 * 8 * 3 * 25 else hints.get(got, "Not yet: 2 x pixels x output channels x input channels x window.")
+    return (
+        None
+        if got == 2 * 6 * 7 * 8 * 3 * 25
+        else hints.get(
+            got, "Not yet: 2 x pixels x output channels x input channels x window."
+        )
+    )
 
 # %% ../../nbs/answers/lesson_06b.ipynb #631949c4
-number("06b.3", "What a perfect library gains", 1 / 0.7, "Let the step take 1. What is the new time of the 60%, and what of the 40%?",
-       {2.0: "Only the part that got faster is twice as fast.", 0.7: "That is the new time. How many times faster is it?", 1.25: "You made the 40% twice as fast, not the 60%.",
-        2.5: "That is for a library that takes no time at all.", 1.3: "Gains do not add: 30% less time is not 30% faster."},
-       "Not yet: old time / new time, with old time 1.", "0.6 / 2 + 0.4 = 0.7, and 1 / 0.7 = 1.43. Even an infinitely fast library would give 2.5.", tol=0.006)
+number(
+    "06b.3",
+    "What a perfect library gains",
+    1 / 0.7,
+    "Let the step take 1. What is the new time of the 60%, and what of the 40%?",
+    {
+        2.0: "Only the part that got faster is twice as fast.",
+        0.7: "That is the new time. How many times faster is it?",
+        1.25: "You made the 40% twice as fast, not the 60%.",
+        2.5: "That is for a library that takes no time at all.",
+        1.3: "Gains do not add: 30% less time is not 30% faster.",
+    },
+    "Not yet: old time / new time, with old time 1.",
+    "0.6 / 2 + 0.4 = 0.7, and 1 / 0.7 = 1.43. Even an infinitely fast library would"
+    " give 2.5.",
+    tol=0.006,
+)

@@ -14,46 +14,113 @@ from ..exercises import exercise, number
 LESSON = "06c_light_unet"
 
 # %% ../../nbs/answers/lesson_06c.ipynb #e59cc8bf
-number("06c.1", "Added before a norm", 0, "What does the norm do to a constant that is added to all pixels of a channel?",
-       {1: "The norm subtracts each channel's mean. Where is the added number then?", 0.5: "No halves here: write (x + b) - mean(x + b)."},
-       "Not yet: try nn.InstanceNorm2d(1) on x and on x + 3.", "The norm subtracts the mean of the channel, and with it exactly what was added. FiLM comes after the norm.", kind="reason")
+number(
+    "06c.1",
+    "Added before a norm",
+    0,
+    "What does the norm do to a constant that is added to all pixels of a channel?",
+    {
+        1: "The norm subtracts each channel's mean. Where is the added number then?",
+        0.5: "No halves here: write (x + b) - mean(x + b).",
+    },
+    "Not yet: try nn.InstanceNorm2d(1) on x and on x + 3.",
+    "The norm subtracts the mean of the channel, and with it exactly what was added."
+    " FiLM comes after the norm.",
+    kind="reason",
+)
 
 # %% ../../nbs/answers/lesson_06c.ipynb #34ca4340
-number("06c.2", "The first loss", 0.936, "The mean square of v: noise and image are independent, so the squares add up.",
-       {0.964: "You gave alpha to the image. In v it stands at the noise.", 1.9: "Noise and image are weighted: by alpha squared and sigma squared.",
-        1.0: "Nearly: that is for images of mean square 1. These have 0.9.", 0.576: "That is the image's part. The noise has one too.",
-        0.36: "That is the noise's part. The image has one too.", 1.32: "Square the weights: alpha = 0.6 and sigma = 0.8 are not the weights of squares."},
-       "Not yet: alpha squared times the mean square of noise, plus sigma squared times that of the image.", "0.36 * 1 + 0.64 * 0.9.")
+number(
+    "06c.2",
+    "The first loss",
+    0.936,
+    "The mean square of v: noise and image are independent, so the squares add up.",
+    {
+        0.964: "You gave alpha to the image. In v it stands at the noise.",
+        1.9: "Noise and image are weighted: by alpha squared and sigma squared.",
+        1.0: "Nearly: that is for images of mean square 1. These have 0.9.",
+        0.576: "That is the image's part. The noise has one too.",
+        0.36: "That is the noise's part. The image has one too.",
+        1.32: (
+            "Square the weights: alpha = 0.6 and sigma = 0.8 are not the weights of"
+            " squares."
+        ),
+    },
+    "Not yet: alpha squared times the mean square of noise, plus sigma squared times"
+    " that of the image.",
+    "0.36 * 1 + 0.64 * 0.9.",
+)
 
 # %% ../../nbs/answers/lesson_06c.ipynb #59a104f8
 def _gated(start=0.0, short=1.0, learned=True, power=1, extra=0):
     class Gated(nn.Module):
         def __init__(self, f):
             super().__init__()
-            self.f, self.g = f, nn.Parameter(torch.full((1,), start)) if learned else torch.full((1,), start)
-            if extra: self.h = nn.Parameter(torch.zeros(1))
-        def forward(self, x): return short * x + self.g**power * self.f(x)
+            self.f, self.g = f, (
+                nn.Parameter(torch.full((1,), start))
+                if learned
+                else torch.full((1,), start)
+            )
+            if extra:
+                self.h = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return short * x + self.g**power * self.f(x)
+
     return Gated
 
+
 class Unfinished(_gated()):
-    def forward(self, x): return None
+    def forward(self, x):
+        return None
+
 
 class Twice(_gated()):
-    def forward(self, x): return x + self.g * self.f(x) * (1 + self.g)
+    def forward(self, x):
+        return x + self.g * self.f(x) * (1 + self.g)
 
-@exercise("06c.3", "A gate that starts at zero", "code", _gated(), "Nothing returned yet. Make g in __init__, return x + g * f(x).",
-          [(Unfinished, "Nothing returned"), (_gated(1.0), "must give back"), (_gated(short=0.0), "shortcut"), (_gated(learned=False), "nn.Parameter"), (_gated(power=2), "no gradient"),
-           (_gated(extra=1), "One number"), (Twice, "with g = 2")])
+
+@exercise(
+    "06c.3",
+    "A gate that starts at zero",
+    "code",
+    _gated(),
+    "Nothing returned yet. Make g in __init__, return x + g * f(x).",
+    [
+        (Unfinished, "Nothing returned"),
+        (_gated(1.0), "must give back"),
+        (_gated(short=0.0), "shortcut"),
+        (_gated(learned=False), "nn.Parameter"),
+        (_gated(power=2), "no gradient"),
+        (_gated(extra=1), "One number"),
+        (Twice, "with g = 2"),
+    ],
+)
 def _(cls):
-    f, x = nn.Linear(3, 3), torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    f, x = nn.Linear(3, 3), torch.randn(
+        5, 3, generator=torch.Generator().manual_seed(0)
+    )
     block = cls(f)
-    out, own = block(x), [p for n, p in block.named_parameters() if not n.startswith("f.")]
-    if out is None: return "Nothing returned yet. Make g in __init__, return x + g * f(x)."
-    if not own: return "g must be learned: nn.Parameter(torch.zeros(1)). A plain tensor is not among the parameters."
-    if len(own) > 1 or own[0].numel() > 1: return "One number is enough."
-    if torch.allclose(out, 0 * x): return "The shortcut is missing: x + g * f(x), not g * f(x)."
-    if not torch.allclose(out, x): return "A new block must give back x: g starts at 0."
+    out, own = block(x), [
+        p for n, p in block.named_parameters() if not n.startswith("f.")
+    ]
+    if out is None:
+        return "Nothing returned yet. Make g in __init__, return x + g * f(x)."
+    if not own:
+        return (
+            "g must be learned: nn.Parameter(torch.zeros(1)). A plain tensor is not"
+            " among the parameters."
+        )
+    if len(own) > 1 or own[0].numel() > 1:
+        return "One number is enough."
+    if torch.allclose(out, 0 * x):
+        return "The shortcut is missing: x + g * f(x), not g * f(x)."
+    if not torch.allclose(out, x):
+        return "A new block must give back x: g starts at 0."
     out.sum().backward()
-    if own[0].grad is None or own[0].grad.abs().sum() == 0: return "g has no gradient, so it will stay 0 for ever: does it multiply f(x)?"
-    with torch.no_grad(): own[0].fill_(2.0)
-    if not torch.allclose(block(x), x + 2 * f(x)): return "The start is right, but with g = 2 it should give x + 2 * f(x)."
+    if own[0].grad is None or own[0].grad.abs().sum() == 0:
+        return "g has no gradient, so it will stay 0 for ever: does it multiply f(x)?"
+    with torch.no_grad():
+        own[0].fill_(2.0)
+    if not torch.allclose(block(x), x + 2 * f(x)):
+        return "The start is right, but with g = 2 it should give x + 2 * f(x)."

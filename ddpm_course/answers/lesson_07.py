@@ -13,42 +13,115 @@ from ..exercises import exercise, number
 LESSON = "07_ema"
 
 # %% ../../nbs/answers/lesson_07.ipynb #7336d178
-@exercise("07.1", "The horizon", "predict", 0.9995, "Solve horizon = 1 / (1 - beta).",
-          [(0.0005, "share of the new"), (0.995, "nines"), (0.9, "must be 2000"), (2000, "a share: from 0"), (0.99995, "nines")])
+@exercise(
+    "07.1",
+    "The horizon",
+    "predict",
+    0.9995,
+    "Solve horizon = 1 / (1 - beta).",
+    [
+        (0.0005, "share of the new"),
+        (0.995, "nines"),
+        (0.9, "must be 2000"),
+        (2000, "a share: from 0"),
+        (0.99995, "nines"),
+    ],
+)
 def _(answer):
     near = lambda v: abs(float(answer) - v) < 1e-9
-    if near(0.9995): return None
-    if near(1 / 2000): return "That is 1 - beta, the share of the new weights."
-    if near(0.995) or near(0.99995): return f"That has a horizon of {1 / (1 - float(answer)):.0f}. Count the nines again."
-    return "Not yet: 1 / (1 - beta) must be 2000." if 0 <= float(answer) < 1 else "beta is a share: from 0 to just under 1."
+    if near(0.9995):
+        return None
+    if near(1 / 2000):
+        return "That is 1 - beta, the share of the new weights."
+    if near(0.995) or near(0.99995):
+        return (
+            f"That has a horizon of {1 / (1 - float(answer)):.0f}. Count the nines"
+            " again."
+        )
+    return (
+        "Not yet: 1 / (1 - beta) must be 2000."
+        if 0 <= float(answer) < 1
+        else "beta is a share: from 0 to just under 1."
+    )
 
 # %% ../../nbs/answers/lesson_07.ipynb #f60c3427
-number("07.2", "Larger batches", 0.99**2, "Two old steps keep beta * beta of what was there. What must one new step keep?",
-       {0.98: "Very close, and fine in practice: half the horizon. Exactly: two old steps keep 0.99 * 0.99.", 0.995: "Wrong direction: that remembers more steps, but each step now has more images.",
-        0.99**0.5: "Wrong direction: that remembers more steps, but each step now has more images.", 0.99: "The same beta remembers equally many steps, hence twice as many images."},
-       "Not yet: what share is left after two old steps?", "The horizon in steps is halved (from 100 to 50.25), in images it stays.", kind="reason", tol=1e-6)
+number(
+    "07.2",
+    "Larger batches",
+    0.99**2,
+    "Two old steps keep beta * beta of what was there. What must one new step keep?",
+    {
+        0.98: (
+            "Very close, and fine in practice: half the horizon. Exactly: two old steps"
+            " keep 0.99 * 0.99."
+        ),
+        0.995: (
+            "Wrong direction: that remembers more steps, but each step now has more"
+            " images."
+        ),
+        0.99**0.5: (
+            "Wrong direction: that remembers more steps, but each step now has more"
+            " images."
+        ),
+        0.99: "The same beta remembers equally many steps, hence twice as many images.",
+    },
+    "Not yet: what share is left after two old steps?",
+    "The horizon in steps is halved (from 100 to 50.25), in images it stays.",
+    kind="reason",
+    tol=1e-6,
+)
 
 # %% ../../nbs/answers/lesson_07.ipynb #7942c0f0
 def corrected(path, beta, power=0):
     avg = 0 * path[0]
-    for w in path: avg = beta * avg + (1 - beta) * w
+    for w in path:
+        avg = beta * avg + (1 - beta) * w
     return avg / (1 - beta ** (len(path) + power))
+
 
 def _from_first(path, beta):
     avg = path[0]
-    for w in path[1:]: avg = beta * avg + (1 - beta) * w
+    for w in path[1:]:
+        avg = beta * avg + (1 - beta) * w
     return avg
 
-@exercise("07.3", "Begin at zero, and correct", "code", corrected, "Nothing returned yet. Start with avg = 0 * path[0], then loop.",
-          [(lambda p, b: corrected(p, b) * (1 - b ** len(p)), "before"), (lambda p, b: corrected(p, b, -1), "too few"), (_from_first, "at zero"), (lambda p, b: p.mean(), "plain mean"),
-           (lambda p, b: corrected(p, 1 - b) * (1 + b), "Not yet"), (lambda p, b: p[-1], "Not yet")],
-          "The shares add up to 1 - beta ** N.")
+
+@exercise(
+    "07.3",
+    "Begin at zero, and correct",
+    "code",
+    corrected,
+    "Nothing returned yet. Start with avg = 0 * path[0], then loop.",
+    [
+        (lambda p, b: corrected(p, b) * (1 - b ** len(p)), "before"),
+        (lambda p, b: corrected(p, b, -1), "too few"),
+        (_from_first, "at zero"),
+        (lambda p, b: p.mean(), "plain mean"),
+        (lambda p, b: corrected(p, 1 - b) * (1 + b), "Not yet"),
+        (lambda p, b: p[-1], "Not yet"),
+    ],
+    "The shares add up to 1 - beta ** N.",
+)
 def _(fn):
     path, beta = torch.tensor([1.0, 2.0, 4.0, 8.0]), 0.5
     out = fn(path, beta)
-    def near(x): return abs(float(out) - float(x)) < 1e-5
-    if near(5.3125): return "That is the sum before the correction: divide by 1 - beta ** N, the sum of the shares."
-    if near(5.3125 / (1 - 0.5**3)): return "One step too few in the correction: N values were taken, so it is beta ** N."
-    if near(_from_first(path, beta)): return "You began at the first value. Begin at zero."
-    if near(path.mean()): return "That is the plain mean, where all steps have equal shares."
-    if not near(5.3125 / (1 - 0.5**4)): return "Not yet: try path = [3., 3.], where the answer is 3 for every beta."
+
+    def near(x):
+        return abs(float(out) - float(x)) < 1e-5
+
+    if near(5.3125):
+        return (
+            "That is the sum before the correction: divide by 1 - beta ** N, the sum of"
+            " the shares."
+        )
+    if near(5.3125 / (1 - 0.5**3)):
+        return (
+            "One step too few in the correction: N values were taken, so it is beta"
+            " ** N."
+        )
+    if near(_from_first(path, beta)):
+        return "You began at the first value. Begin at zero."
+    if near(path.mean()):
+        return "That is the plain mean, where all steps have equal shares."
+    if not near(5.3125 / (1 - 0.5**4)):
+        return "Not yet: try path = [3., 3.], where the answer is 3 for every beta."

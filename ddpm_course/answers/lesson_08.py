@@ -13,50 +13,143 @@ from ..exercises import choice, exercise
 LESSON = "08_training"
 
 # %% ../../nbs/answers/lesson_08.ipynb #84871da3
-choice("08.1", "Resumed elsewhere", (12000, 20), "Which settings count after resume=True: those of the call, or those in the run folder?",
-       {(12000, 40): "The steps are right. But this machine is twice as fast.", (12000, 30): "The steps are right. But 4,000 of them are done already.",
-        (12000, 10): "The steps are right. They are not squeezed into 10 minutes: minutes=10 is not looked at.",
-        (8000, 20): "Those are the steps still to do. The run has the first 4,000 as well."},
-       "Not yet: a pair (steps, minutes). OneCycle must know its end from the start, so the number of steps stays what it was.",
-       "The schedule was fixed before the first step; 8,000 steps at double speed take 20 minutes.")
+choice(
+    "08.1",
+    "Resumed elsewhere",
+    (12000, 20),
+    "Which settings count after resume=True: those of the call, or those in the run"
+    " folder?",
+    {
+        (12000, 40): "The steps are right. But this machine is twice as fast.",
+        (12000, 30): "The steps are right. But 4,000 of them are done already.",
+        (12000, 10): (
+            "The steps are right. They are not squeezed into 10 minutes: minutes=10 is"
+            " not looked at."
+        ),
+        (
+            8000,
+            20,
+        ): "Those are the steps still to do. The run has the first 4,000 as well.",
+    },
+    "Not yet: a pair (steps, minutes). OneCycle must know its end from the start, so"
+    " the number of steps stays what it was.",
+    "The schedule was fixed before the first step; 8,000 steps at double speed take 20"
+    " minutes.",
+)
 
 # %% ../../nbs/answers/lesson_08.ipynb #edb2407f
-def clip(grads, longest, length=lambda gs: torch.stack([g.norm() for g in gs]).norm(), up=False):
+def clip(
+    grads,
+    longest,
+    length=lambda gs: torch.stack([g.norm() for g in gs]).norm(),
+    up=False,
+):
     factor = longest / length(grads)
-    for g in grads: g.mul_(factor if up else factor.clamp(max=1))
+    for g in grads:
+        g.mul_(factor if up else factor.clamp(max=1))
     return grads
 
-@exercise("08.2", "Clip the gradient", "code", clip, "Nothing returned yet. The length of the whole gradient is the square root of the sum of all squares.",
-          [(lambda g, n: clip(g, n, up=True), "short enough"), (lambda g, n: [v.clamp(-n, n) for v in g], "turns"), (lambda g, n: [v * (n / v.norm()).clamp(max=1) for v in g], "turns"),
-           (lambda g, n: clip(g, n, lambda gs: sum(v.norm() for v in gs)), "triangle"), (lambda g, n: clip(g, n, lambda gs: sum(v.norm() ** 2 for v in gs)), "root"), (lambda g, n: g, "Not yet")],
-          "Without an `if`: that would read a number back from the device and wait for it.")
+
+@exercise(
+    "08.2",
+    "Clip the gradient",
+    "code",
+    clip,
+    "Nothing returned yet. The length of the whole gradient is the square root of the"
+    " sum of all squares.",
+    [
+        (lambda g, n: clip(g, n, up=True), "short enough"),
+        (lambda g, n: [v.clamp(-n, n) for v in g], "turns"),
+        (lambda g, n: [v * (n / v.norm()).clamp(max=1) for v in g], "turns"),
+        (lambda g, n: clip(g, n, lambda gs: sum(v.norm() for v in gs)), "triangle"),
+        (lambda g, n: clip(g, n, lambda gs: sum(v.norm() ** 2 for v in gs)), "root"),
+        (lambda g, n: g, "Not yet"),
+    ],
+    "Without an `if`: that would read a number back from the device and wait for it.",
+)
 def _(fn):
     made = lambda: [torch.tensor([3.0, 0.0]), torch.tensor([[4.0], [0.0]])]  # length 5
-    v, s = (torch.cat([g.flatten() for g in fn(made(), longest)]) for longest in (1.0, 10.0))
-    def near(*values): return torch.allclose(v, torch.tensor(values).float(), atol=1e-3)
-    if near(1, 0, 1, 0): return "You clip each tensor (or each number) on its own: that turns the gradient. One factor for all."
-    if torch.allclose(s, torch.tensor([6.0, 0, 8, 0]), atol=1e-3): return "A gradient that is short enough must stay: never make it longer."
-    if near(3 / 7, 0, 4 / 7, 0): return "You added the lengths, 3 + 4. Lengths of parts add up like the sides of a right triangle."
-    if near(3 / 25, 0, 4 / 25, 0): return "You divided by the squared length: the square root is missing."
-    if not near(0.6, 0, 0.8, 0) or not torch.allclose(s, torch.tensor([3.0, 0, 4, 0])): return "Not yet: (3, 4) has length 5, so with longest = 1 it becomes (0.6, 0.8)."
+    v, s = (
+        torch.cat([g.flatten() for g in fn(made(), longest)]) for longest in (1.0, 10.0)
+    )
+
+    def near(*values):
+        return torch.allclose(v, torch.tensor(values).float(), atol=1e-3)
+
+    if near(1, 0, 1, 0):
+        return (
+            "You clip each tensor (or each number) on its own: that turns the gradient."
+            " One factor for all."
+        )
+    if torch.allclose(s, torch.tensor([6.0, 0, 8, 0]), atol=1e-3):
+        return "A gradient that is short enough must stay: never make it longer."
+    if near(3 / 7, 0, 4 / 7, 0):
+        return (
+            "You added the lengths, 3 + 4. Lengths of parts add up like the sides of a"
+            " right triangle."
+        )
+    if near(3 / 25, 0, 4 / 25, 0):
+        return "You divided by the squared length: the square root is missing."
+    if not near(0.6, 0, 0.8, 0) or not torch.allclose(s, torch.tensor([3.0, 0, 4, 0])):
+        return (
+            "Not yet: (3, 4) has length 5, so with longest = 1 it becomes (0.6, 0.8)."
+        )
 
 # %% ../../nbs/answers/lesson_08.ipynb #dcb98492
-def accumulate(loss, batches, share=lambda v, batches: v.sum() / sum(len(x) for x, _ in batches)):
-    for x, y in batches: share(loss(x, y), batches).backward()
+def accumulate(
+    loss, batches, share=lambda v, batches: v.sum() / sum(len(x) for x, _ in batches)
+):
+    for x, y in batches:
+        share(loss(x, y), batches).backward()
 
-def _last(loss, batches): (loss(*batches[-1]).sum() / 4).backward()
 
-@exercise("08.3", "Pieces of different sizes", "code", accumulate, "Nothing happened yet: call backward() for each piece.",
-          [(lambda f, b: None, "Nothing happened"), (lambda f, b: accumulate(f, b, lambda v, b: v.mean() / len(b)), "mean of means"), (lambda f, b: accumulate(f, b, lambda v, b: v.mean()), "added up"),
-           (lambda f, b: accumulate(f, b, lambda v, b: v.sum()), "sum over"), (_last, "last piece"), (lambda f, b: accumulate(f, b, lambda v, b: v.sum() / 3), "Not yet")], returns=False)
+def _last(loss, batches):
+    (loss(*batches[-1]).sum() / 4).backward()
+
+
+@exercise(
+    "08.3",
+    "Pieces of different sizes",
+    "code",
+    accumulate,
+    "Nothing happened yet: call backward() for each piece.",
+    [
+        (lambda f, b: None, "Nothing happened"),
+        (
+            lambda f, b: accumulate(f, b, lambda v, b: v.mean() / len(b)),
+            "mean of means",
+        ),
+        (lambda f, b: accumulate(f, b, lambda v, b: v.mean()), "added up"),
+        (lambda f, b: accumulate(f, b, lambda v, b: v.sum()), "sum over"),
+        (_last, "last piece"),
+        (lambda f, b: accumulate(f, b, lambda v, b: v.sum() / 3), "Not yet"),
+    ],
+    returns=False,
+)
 def _(fn):
-    x, cut = torch.tensor([1.0, 2.0, 3.0, 10.0]), ((0, 3), (3, 4))  # a piece of three, and one of one
+    # a piece of three, and one of one
+    x, cut = torch.tensor([1.0, 2.0, 3.0, 10.0]), ((0, 3), (3, 4))
     w = torch.ones((), requires_grad=True)
-    fn(lambda x, y: w * x, [(x[a:b], None) for a, b in cut])  # the gradient of one large batch is 4
-    if w.grad is None: return "Nothing happened yet: call backward() for each piece."
+    # the gradient of one large batch is 4
+    fn(lambda x, y: w * x, [(x[a:b], None) for a, b in cut])
+    if w.grad is None:
+        return "Nothing happened yet: call backward() for each piece."
     near = lambda value: abs(w.grad.item() - value) < 1e-4
-    if near(6): return "A mean of means: the single image of the last piece counts as much as three others."
-    if near(12): return "You added up the means. Divide, so that all shares together are 1."
-    if near(16): return "That is the sum over all images. Divide by their number, of all pieces together."
-    if near(2.5): return "Only the last piece is left: do not set the gradient to zero in between."
-    if not near(4): return "Not yet: the mean of 1, 2, 3 and 10 is 4."
+    if near(6):
+        return (
+            "A mean of means: the single image of the last piece counts as much as"
+            " three others."
+        )
+    if near(12):
+        return "You added up the means. Divide, so that all shares together are 1."
+    if near(16):
+        return (
+            "That is the sum over all images. Divide by their number, of all pieces"
+            " together."
+        )
+    if near(2.5):
+        return (
+            "Only the last piece is left: do not set the gradient to zero in between."
+        )
+    if not near(4):
+        return "Not yet: the mean of 1, 2, 3 and 10 is 4."

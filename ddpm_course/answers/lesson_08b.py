@@ -15,34 +15,91 @@ from ..exercises import choice, exercise, number
 LESSON = "08b_judge"
 
 # %% ../../nbs/answers/lesson_08b.ipynb #b661c9b8
-number("08b.1", "A generator that ignores the label", 0.1, "Put a number between 0 and 1 into answer.",
-       {10.0: "A share, not percent: between 0 and 1.", 0.99: "That is the judge on images of the class asked for: here the class is a matter of chance.", 0.9: "That is the share that is read as something else."},
-       "How often does a class drawn by chance happen to be the one asked for?", "A tenth of 0.99, and of the rest one misreading in nine: 0.1 in all.", tol=0.005)
+number(
+    "08b.1",
+    "A generator that ignores the label",
+    0.1,
+    "Put a number between 0 and 1 into answer.",
+    {
+        10.0: "A share, not percent: between 0 and 1.",
+        0.99: (
+            "That is the judge on images of the class asked for: here the class is a"
+            " matter of chance."
+        ),
+        0.9: "That is the share that is read as something else.",
+    },
+    "How often does a class drawn by chance happen to be the one asked for?",
+    "A tenth of 0.99, and of the rest one misreading in nine: 0.1 in all.",
+    tol=0.005,
+)
 
 # %% ../../nbs/answers/lesson_08b.ipynb #8d35030c
 class Dark(nn.Module):
     "Reads dark images as 0, bright ones as 1."
+
     shape, head = (1, 4, 4), nn.Linear(1, 1)
-    def forward(self, x): return torch.stack([-x.mean((1, 2, 3)), x.mean((1, 2, 3))], 1)
+
+    def forward(self, x):
+        return torch.stack([-x.mean((1, 2, 3)), x.mean((1, 2, 3))], 1)
+
 
 def confusion(judge, images, labels, K):
     return (labels * K + predict(judge, images)).bincount(minlength=K * K).reshape(K, K)
 
-@exercise("08b.2", "The confusion table", "code", confusion, "Returns nothing yet: predict(judge, images) gives what was read.",
-          [(lambda *a: confusion(*a).T, "swapped"), (lambda *a: confusion(*a) / 4.0, "counts"), (lambda *a: confusion(*a)[:1], "shape"), (lambda *a: confusion(*a) + 1, "row k counts")])
+
+@exercise(
+    "08b.2",
+    "The confusion table",
+    "code",
+    confusion,
+    "Returns nothing yet: predict(judge, images) gives what was read.",
+    [
+        (lambda *a: confusion(*a).T, "swapped"),
+        (lambda *a: confusion(*a) / 4.0, "counts"),
+        (lambda *a: confusion(*a)[:1], "shape"),
+        (lambda *a: confusion(*a) + 1, "row k counts"),
+    ],
+)
 def _(f):
-    images = torch.tensor([-1.0, -0.5, 0.5, 1.0])[:, None, None, None].expand(4, 1, 4, 4)
-    got, want = f(Dark(), images, torch.tensor([0, 1, 1, 1]), 2), torch.tensor([[1, 0], [1, 2]])
-    if tuple(got.shape) != (2, 2): return f"The shape is (K, K) = (2, 2), not {tuple(got.shape)}."
-    if torch.equal(got.long(), want): return None
-    if torch.equal(got.long(), want.T): return "Rows and columns are swapped: the row is what was asked for."
-    if got.sum() <= 2.001: return "Counts, not shares."
-    return f"Row k counts how the images asked to be k were read: {want.tolist()}, not {got.tolist()}."
+    images = torch.tensor([-1.0, -0.5, 0.5, 1.0])[:, None, None, None].expand(
+        4, 1, 4, 4
+    )
+    got, want = f(Dark(), images, torch.tensor([0, 1, 1, 1]), 2), torch.tensor(
+        [[1, 0], [1, 2]]
+    )
+    if tuple(got.shape) != (2, 2):
+        return f"The shape is (K, K) = (2, 2), not {tuple(got.shape)}."
+    if torch.equal(got.long(), want):
+        return None
+    if torch.equal(got.long(), want.T):
+        return "Rows and columns are swapped: the row is what was asked for."
+    if got.sum() <= 2.001:
+        return "Counts, not shares."
+    return (
+        f"Row k counts how the images asked to be k were read: {want.tolist()}, not"
+        f" {got.tolist()}."
+    )
 
 # %% ../../nbs/answers/lesson_08b.ipynb #a06ec0dd
-choice("08b.3", "Better than real", frozenset("ac"), "Set answer to the set of letters that can explain it, such as {\"a\", \"b\"}.",
-       {frozenset("a"): "Yes, and there is a second one: think of how samples are chosen.", frozenset("c"): "Yes, and there is a second one: think of what guidance draws.",
-        frozenset("abc"): "b can't: more classes make it harder to be right by chance.", frozenset("acd"): "d lowers the number: blurred images are read worse, not better.",
-        frozenset("b"): "More classes make it harder to be right by chance.", frozenset("d"): "Blurred images are read worse, not better.", frozenset("abcd"): "Two of them would lower the number."},
-       "Not yet: which of them make images easier for this judge than real ones are?",
-       "Typical examples are easier to read than real ones, and who was trained or chosen to please a judge pleases it.")
+choice(
+    "08b.3",
+    "Better than real",
+    frozenset("ac"),
+    'Set answer to the set of letters that can explain it, such as {"a", "b"}.',
+    {
+        frozenset(
+            "a"
+        ): "Yes, and there is a second one: think of how samples are chosen.",
+        frozenset("c"): "Yes, and there is a second one: think of what guidance draws.",
+        frozenset("abc"): "b can't: more classes make it harder to be right by chance.",
+        frozenset(
+            "acd"
+        ): "d lowers the number: blurred images are read worse, not better.",
+        frozenset("b"): "More classes make it harder to be right by chance.",
+        frozenset("d"): "Blurred images are read worse, not better.",
+        frozenset("abcd"): "Two of them would lower the number.",
+    },
+    "Not yet: which of them make images easier for this judge than real ones are?",
+    "Typical examples are easier to read than real ones, and who was trained or chosen"
+    " to please a judge pleases it.",
+)

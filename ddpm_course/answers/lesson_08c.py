@@ -13,54 +13,187 @@ from ..exercises import exercise, number
 LESSON = "08c_trained_model"
 
 # %% ../../nbs/answers/lesson_08c.ipynb #a4c29c82
-number("08c.1", "How many samples?", 3200, "The variance of a difference is the sum of the variances: 2 * 0.8 * 0.2 / n. Solve 0.02 = 2 * sqrt(that).",
-       {1600: "That is for the error of one share. Both shares are uncertain: their variances add.", 800: "One standard error is passed by luck in a third of all cases. Two were asked for.",
-        400: "Two things are missing: two standard errors, and the uncertainty of both shares.", 6400: "You took the errors as adding up, 2 * sqrt(p (1 - p) / n). Variances add, not errors."},
-       "Not yet: put p = 0.8 and the difference 0.02 into 0.02 = 2 * sqrt(2 * p * (1 - p) / n).", "And for 1 point it would be four times as many: precision is paid by the square.", kind="reason", tol=0.5)
+number(
+    "08c.1",
+    "How many samples?",
+    3200,
+    "The variance of a difference is the sum of the variances: 2 * 0.8 * 0.2 / n. Solve"
+    " 0.02 = 2 * sqrt(that).",
+    {
+        1600: (
+            "That is for the error of one share. Both shares are uncertain: their"
+            " variances add."
+        ),
+        800: (
+            "One standard error is passed by luck in a third of all cases. Two were"
+            " asked for."
+        ),
+        400: (
+            "Two things are missing: two standard errors, and the uncertainty of both"
+            " shares."
+        ),
+        6400: (
+            "You took the errors as adding up, 2 * sqrt(p (1 - p) / n). Variances add,"
+            " not errors."
+        ),
+    },
+    "Not yet: put p = 0.8 and the difference 0.02 into 0.02 = 2 * sqrt(2 * p * (1 - p)"
+    " / n).",
+    "And for 1 point it would be four times as many: precision is paid by the square.",
+    kind="reason",
+    tol=0.5,
+)
 
 # %% ../../nbs/answers/lesson_08c.ipynb #3f7f813b
-def limited(plain, guided, low, high, low_in=False, high_in=True, flip=False, whole=None):
+def limited(
+    plain, guided, low, high, low_in=False, high_in=True, flip=False, whole=None
+):
     def denoise(x, t):
-        inside = ((t >= low) if low_in else (t > low)) & ((t <= high) if high_in else (t < high))
-        if whole: inside = getattr(inside, whole)().expand(len(x))
-        return torch.where((~inside if flip else inside).view(-1, *[1] * (x.ndim - 1)), guided(x, t), plain(x, t))
+        inside = ((t >= low) if low_in else (t > low)) & (
+            (t <= high) if high_in else (t < high)
+        )
+        if whole:
+            inside = getattr(inside, whole)().expand(len(x))
+        return torch.where(
+            (~inside if flip else inside).view(-1, *[1] * (x.ndim - 1)),
+            guided(x, t),
+            plain(x, t),
+        )
+
     return denoise
 
-@exercise("08c.2", "Guide only in between", "code", limited, "Nothing returned yet. Return a function of x and t, like cfg does.",
-          [(lambda *a: limited(*a, flip=True), "wrong way"), (lambda *a: limited(*a, low_in=True, high_in=False), "low itself is outside, high"), (lambda *a: limited(*a, low_in=True), "low itself"),
-           (lambda *a: limited(*a, high_in=False), "high itself"), (lambda *a: limited(*a, whole="any"), "example by example"), (lambda *a: limited(*a, whole="all"), "Nobody"),
-           (lambda p, g, a, b: lambda x, t: t, "axes"), (lambda p, g, a, b: lambda x, t: 3 * x, "Not yet")])
+
+@exercise(
+    "08c.2",
+    "Guide only in between",
+    "code",
+    limited,
+    "Nothing returned yet. Return a function of x and t, like cfg does.",
+    [
+        (lambda *a: limited(*a, flip=True), "wrong way"),
+        (
+            lambda *a: limited(*a, low_in=True, high_in=False),
+            "low itself is outside, high",
+        ),
+        (lambda *a: limited(*a, low_in=True), "low itself"),
+        (lambda *a: limited(*a, high_in=False), "high itself"),
+        (lambda *a: limited(*a, whole="any"), "example by example"),
+        (lambda *a: limited(*a, whole="all"), "Nobody"),
+        (lambda p, g, a, b: lambda x, t: t, "axes"),
+        (lambda p, g, a, b: lambda x, t: 3 * x, "Not yet"),
+    ],
+)
 def _(fn):
     t = torch.tensor([100.0, 200.0, 400.0, 600.0, 900.0])
     out = fn(lambda x, t: x, lambda x, t: 10 * x, 200, 600)(torch.ones(5, 1, 2, 2), t)
-    if getattr(out, "shape", None) != (5, 1, 2, 2): return "The answer must have the shape of x: give the condition three more axes, t.view(-1, 1, 1, 1)."
-    hints = {(1, 1, 10, 10, 1): None, (10, 10, 1, 1, 10): "The wrong way round: guided inside the interval, plain outside.",
-             (1, 10, 10, 1, 1): "Nearly: low itself is outside, high itself is inside.", (1, 10, 10, 10, 1): "Nearly: low itself is outside.", (1, 1, 10, 1, 1): "Nearly: high itself is inside.",
-             (10,) * 5: "All examples got guidance because one of them did: decide example by example.", (1,) * 5: "Nobody got guidance. Is the condition true for t = 400?"}
-    return hints.get(tuple(out[:, 0, 0, 0].tolist()), "Not yet: torch.where(condition, guided(x, t), plain(x, t)).")
+    if getattr(out, "shape", None) != (5, 1, 2, 2):
+        return (
+            "The answer must have the shape of x: give the condition three more axes,"
+            " t.view(-1, 1, 1, 1)."
+        )
+    hints = {
+        (1, 1, 10, 10, 1): None,
+        (
+            10,
+            10,
+            1,
+            1,
+            10,
+        ): "The wrong way round: guided inside the interval, plain outside.",
+        (1, 10, 10, 1, 1): "Nearly: low itself is outside, high itself is inside.",
+        (1, 10, 10, 10, 1): "Nearly: low itself is outside.",
+        (1, 1, 10, 1, 1): "Nearly: high itself is inside.",
+        (
+            10,
+        ) * 5: (
+            "All examples got guidance because one of them did: decide example by"
+            " example."
+        ),
+        (1,) * 5: "Nobody got guidance. Is the condition true for t = 400?",
+    }
+    return hints.get(
+        tuple(out[:, 0, 0, 0].tolist()),
+        "Not yet: torch.where(condition, guided(x, t), plain(x, t)).",
+    )
 
 # %% ../../nbs/answers/lesson_08c.ipynb #b6767041
 def nearest_shifted(x, images, by):
     best = torch.full((len(x),), torch.inf)
     for i in range(-by, by + 1):
         for j in range(-by, by + 1):
-            best = torch.minimum(best, torch.cdist(x.flatten(1), images.roll((i, j), (2, 3)).flatten(1)).amin(1))
+            best = torch.minimum(
+                best,
+                torch.cdist(x.flatten(1), images.roll((i, j), (2, 3)).flatten(1)).amin(
+                    1
+                ),
+            )
     return best / images[0].numel() ** 0.5
 
+
 def _over(x, images, shifts, best=torch.amin):  # other sets of shifts
-    return best(torch.stack([torch.cdist(x.flatten(1), images.roll(s, (2, 3)).flatten(1)).amin(1) / images[0].numel() ** 0.5 for s in shifts]), 0)
+    return best(
+        torch.stack(
+            [
+                torch.cdist(x.flatten(1), images.roll(s, (2, 3)).flatten(1)).amin(1)
+                / images[0].numel() ** 0.5
+                for s in shifts
+            ]
+        ),
+        0,
+    )
+
+
 NINE = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
 
-@exercise("08c.3", "Copies that moved", "code", nearest_shifted, "Nothing returned yet. Loop over the nine shifts and keep the smallest distance of each sample.",
-          [(lambda x, im, by: _over(x, im, NINE, torch.mean), "exact copy"), (lambda x, im, by: _over(x, im, [s for s in NINE if s != (0, 0)]), "no shift"), (lambda x, im, by: _over(x, im, [(0, 0), (1, 0), (0, -1)]), "together"),
-           (lambda x, im, by: nearest_shifted(x, im, by + 1), "only one"), (lambda x, im, by: nearest_shifted(x, im, by) * 8, "mean"), (lambda x, im, by: torch.cdist(x.flatten(1), im.flatten(1)), "One distance")],
-          "Lesson 09 compares in the features of the judge instead, which hardly notice a shift.")
+
+@exercise(
+    "08c.3",
+    "Copies that moved",
+    "code",
+    nearest_shifted,
+    "Nothing returned yet. Loop over the nine shifts and keep the smallest distance of"
+    " each sample.",
+    [
+        (lambda x, im, by: _over(x, im, NINE, torch.mean), "exact copy"),
+        (lambda x, im, by: _over(x, im, [s for s in NINE if s != (0, 0)]), "no shift"),
+        (lambda x, im, by: _over(x, im, [(0, 0), (1, 0), (0, -1)]), "together"),
+        (lambda x, im, by: nearest_shifted(x, im, by + 1), "only one"),
+        (lambda x, im, by: nearest_shifted(x, im, by) * 8, "mean"),
+        (lambda x, im, by: torch.cdist(x.flatten(1), im.flatten(1)), "One distance"),
+    ],
+    "Lesson 09 compares in the features of the judge instead, which hardly notice a"
+    " shift.",
+)
 def _(fn):
     images = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    x = torch.cat([images[:1], images[1:2].roll((1, -1), (2, 3)), images[2:3].roll((0, 2), (2, 3)), images[3:4].roll(1, 2) + 0.5])
+    x = torch.cat(
+        [
+            images[:1],
+            images[1:2].roll((1, -1), (2, 3)),
+            images[2:3].roll((0, 2), (2, 3)),
+            images[3:4].roll(1, 2) + 0.5,
+        ]
+    )
     d = fn(x, images, 1)
-    if d.shape != (4,): return f"One distance per sample, shape (4,), not {tuple(d.shape)}: take the minimum over images and over shifts."
-    if d[0] > 1e-3: return "The first sample is an exact copy, its distance is 0. Do you take the minimum, and is 'no shift' among the shifts?"
-    if d[1] > 1e-3: return "The second sample is a copy moved down and to the left. Both directions, both signs, and together."
-    if d[2] < 1e-3: return "The third sample was moved by two pixels, but only one is allowed."
-    if abs(d[3] - 0.5) > 1e-3: return "The fourth sample is a moved copy, brighter by 0.5: root of the *mean* square over its pixels."
+    if d.shape != (4,):
+        return (
+            f"One distance per sample, shape (4,), not {tuple(d.shape)}: take the"
+            " minimum over images and over shifts."
+        )
+    if d[0] > 1e-3:
+        return (
+            "The first sample is an exact copy, its distance is 0. Do you take the"
+            " minimum, and is 'no shift' among the shifts?"
+        )
+    if d[1] > 1e-3:
+        return (
+            "The second sample is a copy moved down and to the left. Both directions,"
+            " both signs, and together."
+        )
+    if d[2] < 1e-3:
+        return "The third sample was moved by two pixels, but only one is allowed."
+    if abs(d[3] - 0.5) > 1e-3:
+        return (
+            "The fourth sample is a moved copy, brighter by 0.5: root of the *mean*"
+            " square over its pixels."
+        )

@@ -15,27 +15,75 @@ from ..exercises import choice, exercise, number
 LESSON = "09_evaluation"
 
 # %% ../../nbs/answers/lesson_09.ipynb #2eaa1ab9
-number("09.1", "No variety at all", 40, "Put a number into answer.",
-       {0.0: "The means agree, but what about the spread?", 80: "Only one of the two clouds has a spread.", 20: "Variances, not standard deviations: in one dimension it is (2 - 0)^2.", 4: "That is one of the ten features."},
-       "Take the formula: one covariance is zero, so what is left of its four terms?", "Twice the right standard deviation costs the same: to Fréchet, no variety is as bad as that.")
+number(
+    "09.1",
+    "No variety at all",
+    40,
+    "Put a number into answer.",
+    {
+        0.0: "The means agree, but what about the spread?",
+        80: "Only one of the two clouds has a spread.",
+        20: "Variances, not standard deviations: in one dimension it is (2 - 0)^2.",
+        4: "That is one of the ten features.",
+    },
+    "Take the formula: one covariance is zero, so what is left of its four terms?",
+    "Twice the right standard deviation costs the same: to Fréchet, no variety is as"
+    " bad as that.",
+)
 
 # %% ../../nbs/answers/lesson_09.ipynb #d62203a2
 def recall(real, fake, k, column=0):
-    radius = torch.cdist(fake, fake).sort().values[:, k + column]  # column 0 is the point itself
+    # column 0 is the point itself
+    radius = torch.cdist(fake, fake).sort().values[:, k + column]
     return (torch.cdist(real, fake) <= radius).any(1).float().mean()
 
-@exercise("09.2", "Recall by hand", "code", recall, "Returns nothing yet: torch.cdist(fake, fake) holds the radii, sorted rows help.",
-          [(lambda r, f, k: recall(r, f, k, -1), "own nearest"), (lambda r, f, k: recall(f, r, k), "precision"), (lambda r, f, k: 300 * recall(r, f, k), "divide"), (lambda r, f, k: 0.5, "not yet")])
+
+@exercise(
+    "09.2",
+    "Recall by hand",
+    "code",
+    recall,
+    "Returns nothing yet: torch.cdist(fake, fake) holds the radii, sorted rows help.",
+    [
+        (lambda r, f, k: recall(r, f, k, -1), "own nearest"),
+        (lambda r, f, k: recall(f, r, k), "precision"),
+        (lambda r, f, k: 300 * recall(r, f, k), "divide"),
+        (lambda r, f, k: 0.5, "not yet"),
+    ],
+)
 def _(f):
-    real, fake = torch.randn(300, 2, generator=set_seed(7)), 0.5 * torch.randn(300, 2, generator=set_seed(8))
+    real, fake = torch.randn(300, 2, generator=set_seed(7)), 0.5 * torch.randn(
+        300, 2, generator=set_seed(8)
+    )
     got, want = float(f(real, fake, 3)), precision_recall(fake, real, k=3)
-    def near(x): return abs(got - x) < 1e-4
-    if near(want["recall"]): return None
-    if near(want["precision"]): return "That is precision: the balls are around the generated points."
-    if near(precision_recall(fake, real, k=2)["recall"]): return "Each point is its own nearest neighbour, at distance 0: leave it out."
-    return "A share lies between 0 and 1: divide by the number of real points." if got > 1 else f"Not yet: {want['recall']:.3f} would be right here, not {got:.3f}."
+
+    def near(x):
+        return abs(got - x) < 1e-4
+
+    if near(want["recall"]):
+        return None
+    if near(want["precision"]):
+        return "That is precision: the balls are around the generated points."
+    if near(precision_recall(fake, real, k=2)["recall"]):
+        return "Each point is its own nearest neighbour, at distance 0: leave it out."
+    return (
+        "A share lies between 0 and 1: divide by the number of real points."
+        if got > 1
+        else f"Not yet: {want['recall']:.3f} would be right here, not {got:.3f}."
+    )
 
 # %% ../../nbs/answers/lesson_09.ipynb #64b0d3dc
-choice("09.3", "Two papers", "cannot tell", "Put yes, no or cannot tell into answer.",
-       {"yes": "How large is the floor with 10,000 samples, and how large with 50,000?", "no": "You may well be better, but the difference of the floors is not known yet."},
-       "Answer yes, no or cannot tell.", "FID is biased upwards, about as 1/N.")
+choice(
+    "09.3",
+    "Two papers",
+    "cannot tell",
+    "Put yes, no or cannot tell into answer.",
+    {
+        "yes": "How large is the floor with 10,000 samples, and how large with 50,000?",
+        "no": (
+            "You may well be better, but the difference of the floors is not known yet."
+        ),
+    },
+    "Answer yes, no or cannot tell.",
+    "FID is biased upwards, about as 1/N.",
+)

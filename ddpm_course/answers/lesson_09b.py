@@ -14,28 +14,77 @@ LESSON = "09b_metric_lab"
 
 # %% ../../nbs/answers/lesson_09b.ipynb #a59c3412
 def fid_inf(ns, fids, over=lambda n: 1 / n, at=0.0):
-    x, v = over(torch.tensor(ns, dtype=torch.float64)), torch.tensor(fids, dtype=torch.float64)
+    x, v = over(torch.tensor(ns, dtype=torch.float64)), torch.tensor(
+        fids, dtype=torch.float64
+    )
     slope = ((x - x.mean()) * (v - v.mean())).sum() / (x - x.mean()).pow(2).sum()
     return slope.item() if at is None else (v.mean() + slope * (at - x.mean())).item()
 
-@exercise("09b.1", "FID for infinitely many images", "code", fid_inf, "Nothing returned yet. Make x = 1 / N, then fit a line.",
-          [(lambda n, f: fid_inf(n, f, at=None), "slope"), (lambda n, f: fid_inf(n, f, over=lambda n: n), "against N"), (lambda n, f: f[-1], "last"), (lambda n, f: 0.0, "Not yet")])
+
+@exercise(
+    "09b.1",
+    "FID for infinitely many images",
+    "code",
+    fid_inf,
+    "Nothing returned yet. Make x = 1 / N, then fit a line.",
+    [
+        (lambda n, f: fid_inf(n, f, at=None), "slope"),
+        (lambda n, f: fid_inf(n, f, over=lambda n: n), "against N"),
+        (lambda n, f: f[-1], "last"),
+        (lambda n, f: 0.0, "Not yet"),
+    ],
+)
 def _(f):
     ns, fids = [100, 200, 400, 1000], [3.0, 2.1, 1.4, 1.2]
     out = float(f(ns, fids))
-    def near(v): return abs(out - v) < 1e-3
-    if near(fid_inf(ns, fids)): return None
-    if near(fid_inf(ns, fids, at=None)): return "That is the slope. The answer is the height at 1/N = 0."
-    if near(fid_inf(ns, fids, over=lambda n: n)): return "You fitted against N. The line is straight over 1/N."
-    if near(fids[-1]): return "That is the last measurement. The line goes on to 1/N = 0."
+
+    def near(v):
+        return abs(out - v) < 1e-3
+
+    if near(fid_inf(ns, fids)):
+        return None
+    if near(fid_inf(ns, fids, at=None)):
+        return "That is the slope. The answer is the height at 1/N = 0."
+    if near(fid_inf(ns, fids, over=lambda n: n)):
+        return "You fitted against N. The line is straight over 1/N."
+    if near(fids[-1]):
+        return "That is the last measurement. The line goes on to 1/N = 0."
     return "Not yet: for FIDs 2 + 300 / N the answer is 2."
 
 # %% ../../nbs/answers/lesson_09b.ipynb #e5c99025
-choice("09b.2", "Take the bias away", "theirs", "Take the bias away from both first.",
-       {"mine": "4.2 is less than 5.0, but your N is four times theirs: what would theirs read at 10,000?"}, 'The answer is "theirs" or "mine".', "5.0 - 1.6 = 3.4 against 4.2 - 0.4 = 3.8.")
+choice(
+    "09b.2",
+    "Take the bias away",
+    "theirs",
+    "Take the bias away from both first.",
+    {
+        "mine": (
+            "4.2 is less than 5.0, but your N is four times theirs: what would theirs"
+            " read at 10,000?"
+        )
+    },
+    'The answer is "theirs" or "mine".',
+    "5.0 - 1.6 = 3.4 against 4.2 - 0.4 = 3.8.",
+)
 
 # %% ../../nbs/answers/lesson_09b.ipynb #e8fe1b9e
-number("09b.3", "Coloured by chance", 2.75, "How many cells are there? And what share is coloured by chance?",
-       {0.0: "One in 20 is coloured by chance alone: that is what '19 times out of 20' means.", 0.55: "Rows times columns: 11 x 5 cells, all of them compared.", 0.25: "Rows times columns: 11 x 5 cells, all of them compared.",
-        0.05: "That is the share for one cell. There are many."},
-       "Not yet: number of cells, times the chance for each.", "55 cells, one in 20. And a reader who looks for a story will find one in each of them.", kind="reason", tol=0.26)
+number(
+    "09b.3",
+    "Coloured by chance",
+    2.75,
+    "How many cells are there? And what share is coloured by chance?",
+    {
+        0.0: (
+            "One in 20 is coloured by chance alone: that is what '19 times out of 20'"
+            " means."
+        ),
+        0.55: "Rows times columns: 11 x 5 cells, all of them compared.",
+        0.25: "Rows times columns: 11 x 5 cells, all of them compared.",
+        0.05: "That is the share for one cell. There are many.",
+    },
+    "Not yet: number of cells, times the chance for each.",
+    "55 cells, one in 20. And a reader who looks for a story will find one in each of"
+    " them.",
+    kind="reason",
+    tol=0.26,
+)

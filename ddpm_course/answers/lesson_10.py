@@ -16,55 +16,190 @@ from ..score import langevin
 LESSON = "10_score"
 
 # %% ../../nbs/answers/lesson_10.ipynb #cba6a68c
-several("10.1", "Three walks", "Fill in the dictionary.",
-        {"a": (4 / 3, {1.0: "that is the limit of small steps", 0.75: "the variance is v divided by 1 - h/(4v), not times", 2.0: "that is h = 2: divide h by 4v", None: "write down what a step does to the variance"}),
-         "b": (0.5, {1.0: "the pull is twice as strong now, the push is as before", 2.0: "a stronger pull makes it narrower, not wider", 0.25: "balance h = 2 h V: solve for V", None: "write down what a step does to the variance"}),
-         "c": (0.5, {0.9: "how would a point get from one heap to the other?", 0.1: "which side is the big heap on? And can a point change sides at all?", None: "look at section 6"})})
+several(
+    "10.1",
+    "Three walks",
+    "Fill in the dictionary.",
+    {
+        "a": (
+            4 / 3,
+            {
+                1.0: "that is the limit of small steps",
+                0.75: "the variance is v divided by 1 - h/(4v), not times",
+                2.0: "that is h = 2: divide h by 4v",
+                None: "write down what a step does to the variance",
+            },
+        ),
+        "b": (
+            0.5,
+            {
+                1.0: "the pull is twice as strong now, the push is as before",
+                2.0: "a stronger pull makes it narrower, not wider",
+                0.25: "balance h = 2 h V: solve for V",
+                None: "write down what a step does to the variance",
+            },
+        ),
+        "c": (
+            0.5,
+            {
+                0.9: "how would a point get from one heap to the other?",
+                0.1: (
+                    "which side is the big heap on? And can a point change sides at"
+                    " all?"
+                ),
+                None: "look at section 6",
+            },
+        ),
+    },
+)
 
 # %% ../../nbs/answers/lesson_10.ipynb #6a22b385
 def strongest(x):
     return torch.cdist(x.flatten(1), x.flatten(1)).max()
 
-def _all(x): return torch.cdist(x.flatten(1), x.flatten(1))
 
-@exercise("10.2", "How strong must the strongest noise be?", "code", strongest, "Return a number: the largest of all distances between two of the images.",
-          [(lambda x: _all(x).max() / 2, "per pixel"), (lambda x: _all(x).max() ** 2, "squared"), (lambda x: 7.0, "one pixel"), (lambda x: _all(x)[0, 1], "all with all"), (lambda x: _all(x).mean(), "mean"),
-           (lambda x: 17.0, "cdist"), (lambda x: 16.0, "absolute"), (lambda x: x.flatten(1).norm(dim=1).max(), "distance to 0")], "For 60,000 images a few thousand of them are enough.")
+def _all(x):
+    return torch.cdist(x.flatten(1), x.flatten(1))
+
+
+@exercise(
+    "10.2",
+    "How strong must the strongest noise be?",
+    "code",
+    strongest,
+    "Return a number: the largest of all distances between two of the images.",
+    [
+        (lambda x: _all(x).max() / 2, "per pixel"),
+        (lambda x: _all(x).max() ** 2, "squared"),
+        (lambda x: 7.0, "one pixel"),
+        (lambda x: _all(x)[0, 1], "all with all"),
+        (lambda x: _all(x).mean(), "mean"),
+        (lambda x: 17.0, "cdist"),
+        (lambda x: 16.0, "absolute"),
+        (lambda x: x.flatten(1).norm(dim=1).max(), "distance to 0"),
+    ],
+    "For 60,000 images a few thousand of them are enough.",
+)
 def _(f):
     x = torch.ones(3, 1, 2, 2)
     x[1], x[2, 0, 0, 0] = 4.0, -3.0  # distances: 6, 4, sqrt(3 * 9 + 49) = 8.72
     got = float(f(x))
-    if abs(got - 76**0.5) < 1e-3: return None
-    hints = {76**0.5 / 2: "That is per pixel (a root *mean* square): noise of strength sigma moves an image by sigma in every direction, so take the plain length.", 76.0: "That is the squared distance.",
-             7.0: "That is the largest difference of one pixel: take the length of the whole difference, all pixels together.", 6.0: "The first two are not the furthest pair: compare all with all.",
-             _all(x).mean().item(): "That is the mean: the walk must reach the furthest as well.", 16.0: "A sum of absolute differences; the length of a vector is the root of a sum of squares.",
-             x.flatten(1).norm(dim=1).max().item(): "That is the distance to 0: compare images with images."}
-    return next((h for v, h in hints.items() if abs(got - v) < 1e-2), f"{got:.2f} is not it: flatten the images, torch.cdist them with themselves, take the largest.")
+    if abs(got - 76**0.5) < 1e-3:
+        return None
+    hints = {
+        76**0.5 / 2: (
+            "That is per pixel (a root *mean* square): noise of strength sigma moves an"
+            " image by sigma in every direction, so take the plain length."
+        ),
+        76.0: "That is the squared distance.",
+        7.0: (
+            "That is the largest difference of one pixel: take the length of the whole"
+            " difference, all pixels together."
+        ),
+        6.0: "The first two are not the furthest pair: compare all with all.",
+        _all(
+            x
+        ).mean().item(): "That is the mean: the walk must reach the furthest as well.",
+        16.0: (
+            "A sum of absolute differences; the length of a vector is the root of a sum"
+            " of squares."
+        ),
+        x.flatten(1).norm(
+            dim=1
+        ).max().item(): "That is the distance to 0: compare images with images.",
+    }
+    return next(
+        (h for v, h in hints.items() if abs(got - v) < 1e-2),
+        f"{got:.2f} is not it: flatten the images, torch.cdist them with themselves,"
+        " take the largest.",
+    )
 
 # %% ../../nbs/answers/lesson_10.ipynb #ca872e09
 def mala(x, log_p, score, size, generator, form="right"):
     y = langevin(x, score(x), size, generator)
-    def log_q(b, a): return -(b - a - size / 2 * score(a)).pow(2).sum(1) / (2 * size)
-    r = log_p(y) - log_p(x) + dict(no_q=0, turned=-1).get(form, 1) * (log_q(x, y) - log_q(y, x)) - 99 * (form == "never")
-    if form == "coordinates": return torch.where(torch.rand(x.shape, generator=generator).log() < r[:, None], y, x)
-    u = torch.rand(1 if form == "together" else len(x), generator=generator, dtype=x.dtype).log().expand(len(x))
+
+    def log_q(b, a):
+        return -(b - a - size / 2 * score(a)).pow(2).sum(1) / (2 * size)
+
+    r = (
+        log_p(y)
+        - log_p(x)
+        + dict(no_q=0, turned=-1).get(form, 1) * (log_q(x, y) - log_q(y, x))
+        - 99 * (form == "never")
+    )
+    if form == "coordinates":
+        return torch.where(
+            torch.rand(x.shape, generator=generator).log() < r[:, None], y, x
+        )
+    u = (
+        torch.rand(
+            1 if form == "together" else len(x), generator=generator, dtype=x.dtype
+        )
+        .log()
+        .expand(len(x))
+    )
     return y[u < r] if form == "flat" else torch.where((u < r)[:, None], y, x)
 
-@exercise("10.3", "Langevin without bias", "code", mala, "Nothing returned yet: take a Langevin step, and keep it only with probability exp(r).",
-          [(lambda x, p, s, h, g: langevin(x, s(x), h, g), "bias is still"),
-           *[(functools.partial(mala, form=f), w) for f, w in dict(no_q="instead of 1", turned="instead of 1", together="together", coordinates="whole points", flat="one new point", never="hardly any").items()]],
-          "It needs log p, which a score network does not give: practice lives with the bias and keeps the steps small.")
+
+@exercise(
+    "10.3",
+    "Langevin without bias",
+    "code",
+    mala,
+    "Nothing returned yet: take a Langevin step, and keep it only with probability"
+    " exp(r).",
+    [
+        (lambda x, p, s, h, g: langevin(x, s(x), h, g), "bias is still"),
+        *[
+            (functools.partial(mala, form=f), w)
+            for f, w in dict(
+                no_q="instead of 1",
+                turned="instead of 1",
+                together="together",
+                coordinates="whole points",
+                flat="one new point",
+                never="hardly any",
+            ).items()
+        ],
+    ],
+    "It needs log p, which a score network does not give: practice lives with the bias"
+    " and keeps the steps small.",
+)
 def _(step):
-    g, x, h = torch.Generator().manual_seed(0), torch.randn(8000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), 1.2
+    g, x, h = (
+        torch.Generator().manual_seed(0),
+        torch.randn(
+            8000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        ),
+        1.2,
+    )
     moves = []
     for _ in range(40):
         new = step(x, lambda x: -x.pow(2).sum(1) / 2, lambda x: -x, h, g)
-        if new.shape != x.shape: return f"One new point per point, {tuple(x.shape)}, not {tuple(new.shape)}."
+        if new.shape != x.shape:
+            return f"One new point per point, {tuple(x.shape)}, not {tuple(new.shape)}."
         moved = new != x
-        if (moved.any(1) != moved.all(1)).any(): return "Accept or refuse whole points, not single coordinates."
+        if (moved.any(1) != moved.all(1)).any():
+            return "Accept or refuse whole points, not single coordinates."
         moves, x = [*moves, moved.all(1).double().mean().item()], new
     var, rate = x.var().item(), sum(moves) / 40
-    if rate > 0.999: return f"Every step is accepted, and the variance is {var:.2f} instead of 1: the bias is still there."
-    if rate < 0.01: return "Hardly any step is accepted: a point moves where log(u) < r, with u uniform in (0, 1)."
-    if max(moves) - min(moves) > 0.2: return "All points are accepted or refused together: one random number per point."
-    if abs(var - 1) > 0.035: return f"{rate:.0%} are accepted, but the variance is {var:.2f} instead of 1: is the sign of both q right, and is x at home where y was (the way back starts at y)?"
+    if rate > 0.999:
+        return (
+            f"Every step is accepted, and the variance is {var:.2f} instead of 1: the"
+            " bias is still there."
+        )
+    if rate < 0.01:
+        return (
+            "Hardly any step is accepted: a point moves where log(u) < r, with u"
+            " uniform in (0, 1)."
+        )
+    if max(moves) - min(moves) > 0.2:
+        return (
+            "All points are accepted or refused together: one random number per point."
+        )
+    if abs(var - 1) > 0.035:
+        return (
+            f"{rate:.0%} are accepted, but the variance is {var:.2f} instead of 1: is"
+            " the sign of both q right, and is x at home where y was (the way back"
+            " starts at y)?"
+        )

@@ -17,57 +17,174 @@ from ..sde import VP, drift_diffusion
 LESSON = "11_sde"
 
 # %% ../../nbs/answers/lesson_11.ipynb #207cb44e
-several("11.1", "One particle, three roads", "Fill in the dictionary.",
-        {"ve_sigma": (4 / 3, {0.8: "VE has alpha = 1: divide sigma by alpha to compare", 0.75: "upside down: the level is sigma / alpha", None: "which quantity do two processes share?"}),
-         "ve_x": (2.0, {1.2: "the particle is scaled too", 0.72: "x / alpha is the same on all processes: VE's is larger, not smaller", None: "which quantity do two processes share?"}),
-         "sub_vp_x": (1.0704, {1.2: "sub-VP has another alpha at this level: solve (1 - alpha^2) / alpha = 4/3", 2.0: "that is x / alpha; multiply by sub-VP's own alpha", None: "which quantity do two processes share?"})}, kind="predict", tol=0.006)
+several(
+    "11.1",
+    "One particle, three roads",
+    "Fill in the dictionary.",
+    {
+        "ve_sigma": (
+            4 / 3,
+            {
+                0.8: "VE has alpha = 1: divide sigma by alpha to compare",
+                0.75: "upside down: the level is sigma / alpha",
+                None: "which quantity do two processes share?",
+            },
+        ),
+        "ve_x": (
+            2.0,
+            {
+                1.2: "the particle is scaled too",
+                0.72: (
+                    "x / alpha is the same on all processes: VE's is larger, not"
+                    " smaller"
+                ),
+                None: "which quantity do two processes share?",
+            },
+        ),
+        "sub_vp_x": (
+            1.0704,
+            {
+                1.2: (
+                    "sub-VP has another alpha at this level: solve (1 - alpha^2) /"
+                    " alpha = 4/3"
+                ),
+                2.0: "that is x / alpha; multiply by sub-VP's own alpha",
+                None: "which quantity do two processes share?",
+            },
+        ),
+    },
+    kind="predict",
+    tol=0.006,
+)
 
 # %% ../../nbs/answers/lesson_11.ipynb #537e8d0c
 def dial(lam, share=lambda lam: (1 + lam**2) / 2, noise=lambda lam: lam):
     def step(denoise, process, x, t, s, generator=None):
-        (f, g2), dt = (bcast(v, x) for v in drift_diffusion(process, t)), bcast(t - s, x)
+        (f, g2), dt = (bcast(v, x) for v in drift_diffusion(process, t)), bcast(
+            t - s, x
+        )
         drift = f * x - share(lam) * g2 * score_of(denoise, process)(x, t)
-        return x - dt * drift + noise(lam) * (g2 * dt).sqrt() * randn(x.shape, generator, dtype=x.dtype), denoise(x, t)
+        return x - dt * drift + noise(lam) * (g2 * dt).sqrt() * randn(
+            x.shape, generator, dtype=x.dtype
+        ), denoise(x, t)
+
     return step
+
 
 def _probe(step, t, s, c=0.5):  # gain and fresh variance of a step on N(0, c^2)
     same = [torch.Generator().manual_seed(3) for _ in range(2)]
     x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    at_0, at_1 = step(GaussianMixture(torch.zeros(1, 1, dtype=torch.float64), c).denoiser(VP()), VP(), x, t.expand(2), s.expand(2), generator=same)[0].flatten()
-    return (at_1 - at_0).item(), ((at_0 / torch.randn(1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)) ** 2).item()
+    at_0, at_1 = step(
+        GaussianMixture(torch.zeros(1, 1, dtype=torch.float64), c).denoiser(VP()),
+        VP(),
+        x,
+        t.expand(2),
+        s.expand(2),
+        generator=same,
+    )[0].flatten()
+    return (at_1 - at_0).item(), (
+        (
+            at_0
+            / torch.randn(
+                1, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+            )
+        )
+        ** 2
+    ).item()
 
-@exercise("11.2", "Between the ODE and the SDE", "code", dial, "The step should return two things, x_s and x0_hat.",
-          [(lambda lam: lambda *a, **k: None, "two things"), (lambda lam: dial(lam, lambda lam: (1 + lam) / 2), "needs half"), (lambda lam: dial(lam, lambda lam: 1), "needs half"),
-           (lambda lam: dial(lam, lambda lam: -(1 + lam**2) / 2), "wrong sign"), (lambda lam: dial(lam, noise=lambda lam: lam**0.5), "its square"), (lambda lam: dial(lam, noise=lambda lam: 1), "it should be 0.00")],
-          "The sum has the same marginals for every lam, also above 1.")
+
+@exercise(
+    "11.2",
+    "Between the ODE and the SDE",
+    "code",
+    dial,
+    "The step should return two things, x_s and x0_hat.",
+    [
+        (lambda lam: lambda *a, **k: None, "two things"),
+        (lambda lam: dial(lam, lambda lam: (1 + lam) / 2), "needs half"),
+        (lambda lam: dial(lam, lambda lam: 1), "needs half"),
+        (lambda lam: dial(lam, lambda lam: -(1 + lam**2) / 2), "wrong sign"),
+        (lambda lam: dial(lam, noise=lambda lam: lam**0.5), "its square"),
+        (lambda lam: dial(lam, noise=lambda lam: 1), "it should be 0.00"),
+    ],
+    "The sum has the same marginals for every lam, also above 1.",
+)
 def _(dial, dt=1e-3):
     vp, t = VP(), torch.tensor([0.5], dtype=torch.float64)
     x = torch.ones(2, 1, dtype=torch.float64)
-    if not isinstance(dial(0.5)(lambda x, t: 0 * x, vp, x, t.expand(2), t.expand(2) - dt), tuple): return "The step should return two things, x_s and x0_hat."
-    (f, g2), v = (u.item() for u in drift_diffusion(vp, t)), (0.25 * vp.alpha(t) ** 2 + vp.sigma(t) ** 2).item()
+    if not isinstance(
+        dial(0.5)(lambda x, t: 0 * x, vp, x, t.expand(2), t.expand(2) - dt), tuple
+    ):
+        return "The step should return two things, x_s and x0_hat."
+    (f, g2), v = (u.item() for u in drift_diffusion(vp, t)), (
+        0.25 * vp.alpha(t) ** 2 + vp.sigma(t) ** 2
+    ).item()
     for lam in (0.0, 0.5, 1.0):
         gain, fresh = _probe(dial(lam), t, t - dt)
-        share, noise = ((1 - gain) / dt - f) * v / g2, fresh / (g2 * dt)  # of g^2 * score, of g^2
-        if abs(noise - lam**2) > 0.01: return f"lam = {lam}: the noise has {noise:.2f} g^2 dt of variance" + (", lam multiplies g, so the variance has its square." if abs(noise - lam) < 0.01 else f", it should be {lam**2:.2f}.")
-        if share < 0: return "The score has the wrong sign: going back, it pulls the particles together."
-        if abs(share - (1 + lam**2) / 2) > 0.01: return f"lam = {lam}: {share:.2f} g^2 times the score: the ODE has half, and noise of variance lam^2 g^2 dt needs half of lam^2 more."
+        # of g^2 * score, of g^2
+        share, noise = ((1 - gain) / dt - f) * v / g2, fresh / (g2 * dt)
+        if abs(noise - lam**2) > 0.01:
+            return f"lam = {lam}: the noise has {noise:.2f} g^2 dt of variance" + (
+                ", lam multiplies g, so the variance has its square."
+                if abs(noise - lam) < 0.01
+                else f", it should be {lam**2:.2f}."
+            )
+        if share < 0:
+            return (
+                "The score has the wrong sign: going back, it pulls the particles"
+                " together."
+            )
+        if abs(share - (1 + lam**2) / 2) > 0.01:
+            return (
+                f"lam = {lam}: {share:.2f} g^2 times the score: the ODE has half, and"
+                " noise of variance lam^2 g^2 dt needs half of lam^2 more."
+            )
 
 # %% ../../nbs/answers/lesson_11.ipynb #8854d4fe
 class OU(Process):
     t_max = 5.0
-    def alpha(self, t): return (-t).exp()
-    def sigma(self, t): return (-(-2 * t).expm1()).sqrt()
 
-def _road(alpha=OU.alpha, sigma=OU.sigma): return type("OU", (OU,), dict(alpha=alpha, sigma=sigma))
+    def alpha(self, t):
+        return (-t).exp()
 
-@exercise("11.3", "From the SDE to the road", "code", OU, "Return tensors of t's shape from alpha and sigma.",
-          [(_road(lambda self, t: None), "tensors"), (_road(alpha=lambda self, t: (-2 * t).exp()), "alpha' / alpha"), (_road(sigma=lambda self, t: torch.ones_like(t)), "clean"),
-           (_road(sigma=lambda self, t: (2 * t).sqrt()), "shrinks"), (_road(sigma=lambda self, t: -(-2 * t).expm1()), "square root")],
-          "alpha^2 + sigma^2 = 1: it is VP with a constant beta of 2, and every VP is OU with another clock.")
+    def sigma(self, t):
+        return (-(-2 * t).expm1()).sqrt()
+
+
+def _road(alpha=OU.alpha, sigma=OU.sigma):
+    return type("OU", (OU,), dict(alpha=alpha, sigma=sigma))
+
+
+@exercise(
+    "11.3",
+    "From the SDE to the road",
+    "code",
+    OU,
+    "Return tensors of t's shape from alpha and sigma.",
+    [
+        (_road(lambda self, t: None), "tensors"),
+        (_road(alpha=lambda self, t: (-2 * t).exp()), "alpha' / alpha"),
+        (_road(sigma=lambda self, t: torch.ones_like(t)), "clean"),
+        (_road(sigma=lambda self, t: (2 * t).sqrt()), "shrinks"),
+        (_road(sigma=lambda self, t: -(-2 * t).expm1()), "square root"),
+    ],
+    "alpha^2 + sigma^2 = 1: it is VP with a constant beta of 2, and every VP is OU with"
+    " another clock.",
+)
 def _(made):
-    t, p = torch.linspace(0.1, 5, 20, dtype=torch.float64), made() if isinstance(made, type) else made
-    if p.alpha(t) is None or p.sigma(t) is None: return "Return tensors of t's shape from alpha and sigma."
+    t, p = torch.linspace(0.1, 5, 20, dtype=torch.float64), (
+        made() if isinstance(made, type) else made
+    )
+    if p.alpha(t) is None or p.sigma(t) is None:
+        return "Return tensors of t's shape from alpha and sigma."
     f, g2 = drift_diffusion(p, t)
-    if (f + 1).abs().max() > 1e-6: return f"The drift is {f[0]:.2f} x, not -x: alpha' / alpha should be -1."
-    if p.sigma(0 * t).abs().max() > 1e-6: return "sigma(0) is not 0: the data should be clean at t = 0."
-    if (g2 - 2).abs().max() > 1e-6: return f"g^2 runs from {g2[0]:.2f} to {g2[-1]:.2f}, not 2: (sigma^2)' = 2 - 2 sigma^2; the drift shrinks the noise as well, and sigma is a square root."
+    if (f + 1).abs().max() > 1e-6:
+        return f"The drift is {f[0]:.2f} x, not -x: alpha' / alpha should be -1."
+    if p.sigma(0 * t).abs().max() > 1e-6:
+        return "sigma(0) is not 0: the data should be clean at t = 0."
+    if (g2 - 2).abs().max() > 1e-6:
+        return (
+            f"g^2 runs from {g2[0]:.2f} to {g2[-1]:.2f}, not 2: (sigma^2)' = 2 - 2"
+            " sigma^2; the drift shrinks the noise as well, and sigma is a square"
+            " root."
+        )

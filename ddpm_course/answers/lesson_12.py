@@ -15,35 +15,110 @@ from ..sde import time_of
 LESSON = "12_edm"
 
 # %% ../../nbs/answers/lesson_12.ipynb #25692a2e
-several("12.1", "A careless spread", "Fill in the dictionary.",
-        {"input at level 0.001": ("half", "there is no noise: x_t is x0, with spread sd, and c_in divides by 2 sd"), "input at level 80": ("one", "the noise drowns the data, and c_in divides by the noise"),
-         "target at level 0.001": ("one", "c_skip is 1 and c_out is sigma: the target is minus the noise itself"),
-         "target at level 80": ("half", "c_skip is 0: the target is x0 / c_out, and c_out is what you believe sd to be")},
-        "It is off by a factor, never by powers of ten: preconditioning forgives a careless spread.")
+several(
+    "12.1",
+    "A careless spread",
+    "Fill in the dictionary.",
+    {
+        "input at level 0.001": (
+            "half",
+            "there is no noise: x_t is x0, with spread sd, and c_in divides by 2 sd",
+        ),
+        "input at level 80": (
+            "one",
+            "the noise drowns the data, and c_in divides by the noise",
+        ),
+        "target at level 0.001": (
+            "one",
+            "c_skip is 1 and c_out is sigma: the target is minus the noise itself",
+        ),
+        "target at level 80": (
+            "half",
+            (
+                "c_skip is 0: the target is x0 / c_out, and c_out is what you believe"
+                " sd to be"
+            ),
+        ),
+    },
+    "It is off by a factor, never by powers of ten: preconditioning forgives a careless"
+    " spread.",
+)
 
 # %% ../../nbs/answers/lesson_12.ipynb #34ac93c3
 def lognormal_times(process, n, p_mean=-1.2, p_std=1.2, generator=None):
-    return time_of(process, (p_mean + p_std * torch.randn(n, generator=generator)).exp())
+    return time_of(
+        process, (p_mean + p_std * torch.randn(n, generator=generator)).exp()
+    )
 
-def _draw(n, g): return torch.randn(n, generator=g)
 
-@exercise("12.2", "Train where EDM trains", "code", lognormal_times, "No answer yet: draw normal numbers, make them levels, ask time_of.",
-          [(lambda p, n, *a: lognormal_times(p, 10, *a), "4000"), (lambda p, n, m, s, g: m + s * _draw(n, g), "take exp"), (lambda p, n, m, s, g: (m + s * _draw(n, g)).exp(), "time_of"),
-           (lambda p, n, m, s, g: time_of(p, (m + _draw(n, g)).exp()), "p_std before"), (lambda p, n, m, s, g: time_of(p, (m + s**2 * _draw(n, g)).exp()), "not a variance"), (lambda p, n, m, s, g: time_of(p, (s * _draw(n, g)).exp()), "add p_mean")],
-          "The times are floats; DDPM interpolates.")
+def _draw(n, g):
+    return torch.randn(n, generator=g)
+
+
+@exercise(
+    "12.2",
+    "Train where EDM trains",
+    "code",
+    lognormal_times,
+    "No answer yet: draw normal numbers, make them levels, ask time_of.",
+    [
+        (lambda p, n, *a: lognormal_times(p, 10, *a), "4000"),
+        (lambda p, n, m, s, g: m + s * _draw(n, g), "take exp"),
+        (lambda p, n, m, s, g: (m + s * _draw(n, g)).exp(), "time_of"),
+        (lambda p, n, m, s, g: time_of(p, (m + _draw(n, g)).exp()), "p_std before"),
+        (
+            lambda p, n, m, s, g: time_of(p, (m + s**2 * _draw(n, g)).exp()),
+            "not a variance",
+        ),
+        (lambda p, n, m, s, g: time_of(p, (s * _draw(n, g)).exp()), "add p_mean"),
+    ],
+    "The times are floats; DDPM interpolates.",
+)
 def _(f):
     p = DDPM()
     t = f(p, 4000, -1.0, 0.5, torch.Generator().manual_seed(0))
-    if t.shape != (4000,): return f"4000 times are asked for, not shape {tuple(t.shape)}."
-    if (t < 0).any(): return "Times are never negative: a normal number is the logarithm of a level; take exp."
-    if t.max() < 10: return "These are levels: ask time_of(process, level) when DDPM has them."
+    if t.shape != (4000,):
+        return f"4000 times are asked for, not shape {tuple(t.shape)}."
+    if (t < 0).any():
+        return (
+            "Times are never negative: a normal number is the logarithm of a level;"
+            " take exp."
+        )
+    if t.max() < 10:
+        return "These are levels: ask time_of(process, level) when DDPM has them."
     logs = (p.sigma(t) / p.alpha(t)).log()
-    if abs(logs.std() - 0.25) < 0.03: return "The logarithms spread by 0.25, the square of 0.5: p_std is a standard deviation, not a variance."
-    if abs(logs.std() - 0.5) > 0.05: return f"The logarithms spread by {logs.std():.2f}, not 0.5: multiply by p_std before adding p_mean."
-    if abs(logs.mean() + 1) > 0.05: return f"The logarithms have mean {logs.mean():.2f}, not -1: add p_mean."
+    if abs(logs.std() - 0.25) < 0.03:
+        return (
+            "The logarithms spread by 0.25, the square of 0.5: p_std is a standard"
+            " deviation, not a variance."
+        )
+    if abs(logs.std() - 0.5) > 0.05:
+        return (
+            f"The logarithms spread by {logs.std():.2f}, not 0.5: multiply by p_std"
+            " before adding p_mean."
+        )
+    if abs(logs.mean() + 1) > 0.05:
+        return f"The logarithms have mean {logs.mean():.2f}, not -1: add p_mean."
 
 # %% ../../nbs/answers/lesson_12.ipynb #3e5e05a6
-number("12.3", "A network that has learned nothing", 1, "No answer yet: for which data is c_skip * x_t the exact denoiser?",
-       {0: "0 is the answer of one big step, which lands on the mean; many small ones do not.", 2: "Variance 1 holds inside the network, for its input and target; the samples live in pixels.",
-        80: "That spread belongs to the start, and the walk shrinks it."},
-       "Not yet: c_skip * x_t is the exact denoiser of normal data of spread sd.", "An exact denoiser returns its data: noise of the right size. Training has to teach what makes an image differ from it.", tol=0.06)
+number(
+    "12.3",
+    "A network that has learned nothing",
+    1,
+    "No answer yet: for which data is c_skip * x_t the exact denoiser?",
+    {
+        0: (
+            "0 is the answer of one big step, which lands on the mean; many small ones"
+            " do not."
+        ),
+        2: (
+            "Variance 1 holds inside the network, for its input and target; the samples"
+            " live in pixels."
+        ),
+        80: "That spread belongs to the start, and the walk shrinks it.",
+    },
+    "Not yet: c_skip * x_t is the exact denoiser of normal data of spread sd.",
+    "An exact denoiser returns its data: noise of the right size. Training has to teach"
+    " what makes an image differ from it.",
+    tol=0.06,
+)

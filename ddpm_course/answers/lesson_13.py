@@ -13,44 +13,149 @@ from ..exercises import exercise, several
 LESSON = "13_flow"
 
 # %% ../../nbs/answers/lesson_13.ipynb #ecd9b229
-several("13.1", "Standing still", "Fill in the dictionary.",
-        {"x at 1/2, random pairs": (0.5**0.5, {0.5: "that is the variance, or the standard deviation of each part: independent variances add", 1.0: "the weights are 1/2 and 1/2, not 0.71 and 0.71: this is not DDPM", None: "add the variances of the two halves"}),
-         "after one Euler step": (0.0, {1.0: "that is the exact flow; one step goes straight to x0_hat at t = 1, which is the mean of the data", None: "where does one step end, for every noise?"}),
-         "x at 1/2, reflow pairs": (1.0, {0.71: "the two ends are not independent any more: each noise is paired with itself", None: "which noise is paired with which data?"}),
-         "velocity squared, second flow": (0.0, {2.0: "that is eps - x0 of independent pairs; here they are equal", None: "which noise is paired with which data?"})}, kind="predict")
+several(
+    "13.1",
+    "Standing still",
+    "Fill in the dictionary.",
+    {
+        "x at 1/2, random pairs": (
+            0.5**0.5,
+            {
+                0.5: (
+                    "that is the variance, or the standard deviation of each part:"
+                    " independent variances add"
+                ),
+                1.0: "the weights are 1/2 and 1/2, not 0.71 and 0.71: this is not DDPM",
+                None: "add the variances of the two halves",
+            },
+        ),
+        "after one Euler step": (
+            0.0,
+            {
+                1.0: (
+                    "that is the exact flow; one step goes straight to x0_hat at t = 1,"
+                    " which is the mean of the data"
+                ),
+                None: "where does one step end, for every noise?",
+            },
+        ),
+        "x at 1/2, reflow pairs": (
+            1.0,
+            {
+                0.71: (
+                    "the two ends are not independent any more: each noise is paired"
+                    " with itself"
+                ),
+                None: "which noise is paired with which data?",
+            },
+        ),
+        "velocity squared, second flow": (
+            0.0,
+            {
+                2.0: "that is eps - x0 of independent pairs; here they are equal",
+                None: "which noise is paired with which data?",
+            },
+        ),
+    },
+    kind="predict",
+)
 
 # %% ../../nbs/answers/lesson_13.ipynb #91a84444
-def my_velocity(x, v, alpha, sigma): return (alpha + sigma) * (v + (sigma - alpha) * x)
+def my_velocity(x, v, alpha, sigma):
+    return (alpha + sigma) * (v + (sigma - alpha) * x)
 
-@exercise("13.2", "From v to velocity", "code", my_velocity, "Return an expression in x, v, alpha and sigma.",
-          [(lambda *k: -my_velocity(*k), "sign"), (lambda x, v, a, s: (a + s) * v + (s - a) * x, "x_VP first"), (lambda x, v, a, s: (a + s) * v, "part of x"), (lambda x, v, a, s: v, "difference"), (lambda x, v, a, s: x, "wrong by")])
+
+@exercise(
+    "13.2",
+    "From v to velocity",
+    "code",
+    my_velocity,
+    "Return an expression in x, v, alpha and sigma.",
+    [
+        (lambda *k: -my_velocity(*k), "sign"),
+        (lambda x, v, a, s: (a + s) * v + (s - a) * x, "x_VP first"),
+        (lambda x, v, a, s: (a + s) * v, "part of x"),
+        (lambda x, v, a, s: v, "difference"),
+        (lambda x, v, a, s: x, "wrong by"),
+    ],
+)
 def _(f):
-    x0, eps = torch.randn(2, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x0, eps = torch.randn(
+        2, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     angle = torch.linspace(0.1, 1.4, 50, dtype=torch.float64)
     a, s = angle.cos(), angle.sin()
     v, x, want = a * eps - s * x0, (a * x0 + s * eps) / (a + s), eps - x0
     got = f(x, v, a, s)
     near = lambda other: torch.allclose(got, other, atol=1e-6)
-    if near(want): return None
-    if near(-want): return "Right up to the sign: velocity is eps - x0, towards the noise."
-    if near((a + s) * v + (s - a) * x): return "x is on the straight road: multiply it by alpha + sigma to get x_VP first."
-    if near((a + s) * v): return "v alone is not enough: the part of x is missing."
-    if near(v): return "That is v; x0 = alpha x_VP - sigma v, eps = sigma x_VP + alpha v, and you need their difference."
-    return f"It is wrong by up to {(got - want).abs().max():.2f}: write eps and x0 with x_VP and v, then take eps - x0."
+    if near(want):
+        return None
+    if near(-want):
+        return "Right up to the sign: velocity is eps - x0, towards the noise."
+    if near((a + s) * v + (s - a) * x):
+        return (
+            "x is on the straight road: multiply it by alpha + sigma to get x_VP first."
+        )
+    if near((a + s) * v):
+        return "v alone is not enough: the part of x is missing."
+    if near(v):
+        return (
+            "That is v; x0 = alpha x_VP - sigma v, eps = sigma x_VP + alpha v, and you"
+            " need their difference."
+        )
+    return (
+        f"It is wrong by up to {(got - want).abs().max():.2f}: write eps and x0 with"
+        " x_VP and v, then take eps - x0."
+    )
 
 # %% ../../nbs/answers/lesson_13.ipynb #a739a6b1
-def my_shift(ts, m): return m * ts / (1 + (m - 1) * ts)
+def my_shift(ts, m):
+    return m * ts / (1 + (m - 1) * ts)
 
-@exercise("13.3", "The timestep shift", "code", my_shift, "Return times, one for each of ts.",
-          [(lambda ts, m: m * ts, "between 0 and 1"), (lambda ts, m: (m * ts / (1 - ts)) / (1 + m * ts / (1 - ts)), "simplify the fraction"), (lambda ts, m: my_shift(ts, 1 / m), "lower"), (lambda ts, m: my_shift(ts, m**0.5), "ratio of variances"), (lambda ts, m: my_shift(ts, m**2), "twice"),
-           (lambda ts, m: my_shift(ts, 2), "solve for the time")], "Stable Diffusion 3 uses m = 3 for 1024x1024 images.")
+
+@exercise(
+    "13.3",
+    "The timestep shift",
+    "code",
+    my_shift,
+    "Return times, one for each of ts.",
+    [
+        (lambda ts, m: m * ts, "between 0 and 1"),
+        (
+            lambda ts, m: (m * ts / (1 - ts)) / (1 + m * ts / (1 - ts)),
+            "simplify the fraction",
+        ),
+        (lambda ts, m: my_shift(ts, 1 / m), "lower"),
+        (lambda ts, m: my_shift(ts, m**0.5), "ratio of variances"),
+        (lambda ts, m: my_shift(ts, m**2), "twice"),
+        (lambda ts, m: my_shift(ts, 2), "solve for the time"),
+    ],
+    "Stable Diffusion 3 uses m = 3 for 1024x1024 images.",
+)
 def _(f):
     ts = torch.linspace(1, 0, 9, dtype=torch.float64)
     got, level = f(ts, 3.0), ts / (1 - ts)
-    if got.shape == ts.shape and got.isnan().any(): return "At t = 1 the level is infinite, and inf / inf is no number: simplify the fraction first."
-    if got.shape != ts.shape or (got < -1e-9).any() or (got > 1 + 1e-9).any(): return "Times stay between 0 and 1, and both ends stay where they are."
-    near = lambda level: torch.allclose(got[1:-1], level[1:-1] / (1 + level[1:-1]), atol=1e-6)
-    if near(level / 3): return "The levels became 3 times lower: multiply, don't divide."
-    if near(level * 3**0.5): return "The SNR is a ratio of variances; here the level sigma / alpha itself is multiplied."
-    if near(level * 9): return "That multiplies the level twice."
-    if not near(level * 3): return "The level is l = t / (1 - t); multiply it by m, then solve for the time again."
+    if got.shape == ts.shape and got.isnan().any():
+        return (
+            "At t = 1 the level is infinite, and inf / inf is no number: simplify the"
+            " fraction first."
+        )
+    if got.shape != ts.shape or (got < -1e-9).any() or (got > 1 + 1e-9).any():
+        return "Times stay between 0 and 1, and both ends stay where they are."
+    near = lambda level: torch.allclose(
+        got[1:-1], level[1:-1] / (1 + level[1:-1]), atol=1e-6
+    )
+    if near(level / 3):
+        return "The levels became 3 times lower: multiply, don't divide."
+    if near(level * 3**0.5):
+        return (
+            "The SNR is a ratio of variances; here the level sigma / alpha itself is"
+            " multiplied."
+        )
+    if near(level * 9):
+        return "That multiplies the level twice."
+    if not near(level * 3):
+        return (
+            "The level is l = t / (1 - t); multiply it by m, then solve for the time"
+            " again."
+        )

@@ -13,69 +13,206 @@ import torch
 from ..exercises import exercise, several
 from ..process import DDPM
 from ..sampling import euler, heun, sample
-from ..solvers import _by, _moments, _onward, _Past, _ratio, _wide, dpmpp_2m, linear_part
+from ddpm_course.solvers import (
+    _by,
+    _moments,
+    _onward,
+    _Past,
+    _ratio,
+    _wide,
+    dpmpp_2m,
+    linear_part,
+)
 
 LESSON = "14_fast_sampling"
 
 # %% ../../nbs/answers/lesson_14.ipynb #b40312c8
-several("14.1", "Constant or line?", "Fill in the dictionary.",
-        {"the first step of the second chunk of images; the first chunk ended at t = 0": ("constant", "the memory ended at t = 0, this step begins at t_max: it starts anew"),
-         "the last step, to t = 0": ("constant", "h is infinite, so h / h_last is no use"),
-         "Flow: the second step, after the first from t = 1": ("constant", "the first step was infinitely long, so h / h_last = 0: the line is flat"),
-         "Flow: the third step": ("line", "both steps before it are remembered and finite"),
-         "a step of churn(step=dpmpp_2m()) that raises the noise level before it": ("constant", "compare the time where each step begins with the time where the one before it ended")})
+several(
+    "14.1",
+    "Constant or line?",
+    "Fill in the dictionary.",
+    {
+        "the first step of the second chunk of images; the first chunk ended at t = 0": (
+            "constant",
+            "the memory ended at t = 0, this step begins at t_max: it starts anew",
+        ),
+        "the last step, to t = 0": (
+            "constant",
+            "h is infinite, so h / h_last is no use",
+        ),
+        "Flow: the second step, after the first from t = 1": (
+            "constant",
+            "the first step was infinitely long, so h / h_last = 0: the line is flat",
+        ),
+        "Flow: the third step": (
+            "line",
+            "both steps before it are remembered and finite",
+        ),
+        "a step of churn(step=dpmpp_2m()) that raises the noise level before it": (
+            "constant",
+            (
+                "compare the time where each step begins with the time where the one"
+                " before it ended"
+            ),
+        ),
+    },
+)
 
 # %% ../../nbs/answers/lesson_14.ipynb #1a37e10d
 def dpmpp_exact(form="right"):
     past = None
+
     def step(denoise, process, x, t, s, generator=None):
         nonlocal past
         (shrink, gain, h), x0_hat = linear_part(process, t, s), denoise(x, t)
         mean = x0_hat
         if past is not None if form in ("forgets", "infinite") else _onward(past, x, t):
-            q = h / past.h if form == "infinite" else past.h / h if form == "inverse" else _ratio(h, past.h)
+            q = (
+                h / past.h
+                if form == "infinite"
+                else past.h / h if form == "inverse" else _ratio(h, past.h)
+            )
             mean = x0_hat + _by(_moments(h)[0] * q, x) * (x0_hat - past.x0)
         past = _Past(_wide(s), h, x0_hat)
         return _by(shrink, x) * x + _by(gain, x) * mean, x0_hat
+
     return (lambda *a: step(*a)[0]) if form == "one" else step
 
-@exercise("14.2", "The exact mean of the line", "code", dpmpp_exact, "Return the step: an inner function step(denoise, process, x, t, s, generator=None).",
-          [(dpmpp_2m, "still the middle"), (lambda: heun, "no line yet"), (lambda: 3, "return the step"),
-           *[(functools.partial(dpmpp_exact, f), w) for f, w in dict(forgets="second walk", infinite="infinitely long", inverse="h / h_last", one="two things").items()]],
-          "diffusers has it as solver_type='heun'. Both have order 2; which errs less depends on the curve.")
+
+@exercise(
+    "14.2",
+    "The exact mean of the line",
+    "code",
+    dpmpp_exact,
+    "Return the step: an inner function step(denoise, process, x, t, s,"
+    " generator=None).",
+    [
+        (dpmpp_2m, "still the middle"),
+        (lambda: heun, "no line yet"),
+        (lambda: 3, "return the step"),
+        *[
+            (functools.partial(dpmpp_exact, f), w)
+            for f, w in dict(
+                forgets="second walk",
+                infinite="infinitely long",
+                inverse="h / h_last",
+                one="two things",
+            ).items()
+        ],
+    ],
+    "diffusers has it as solver_type='heun'. Both have order 2; which errs less depends"
+    " on the curve.",
+)
 def _(make):
     process, f64 = DDPM(1000, "cosine"), torch.float64
-    def lam(t): return (process.alpha(t) / process.sigma(t)).log().to(f64)
-    def straight(x, t): return (0.2 * lam(t))[:, None].expand_as(x)  # answers on a line: the mean of a line must come out exactly
-    start = process.init_noise((5, 1), generator=torch.Generator().manual_seed(1)).double()
+
+    def lam(t):
+        return (process.alpha(t) / process.sigma(t)).log().to(f64)
+
+    def straight(x, t):
+        # answers on a line: the mean of a line must come out exactly
+        return (0.2 * lam(t))[:, None].expand_as(x)
+
+    start = process.init_noise(
+        (5, 1), generator=torch.Generator().manual_seed(1)
+    ).double()
     step, (t, m, s) = make(), (torch.full((5,), v, dtype=f64) for v in (900, 600, 400))
-    if not callable(step): return "Return the step: an inner function step(denoise, process, x, t, s, generator=None)."
+    if not callable(step):
+        return (
+            "Return the step: an inner function step(denoise, process, x, t, s,"
+            " generator=None)."
+        )
     out = step(straight, process, start, t, m)
-    if not (isinstance(out, tuple) and len(out) == 2): return "A step returns two things: x_s and x0_hat."
-    if not torch.allclose(out[0], euler(straight, process, start, t, m)[0]): return "The first step has no line yet: it should be DDIM."
-    (shrink, gain, h), x_s = linear_part(process, m, s), step(straight, process, out[0], m, s)[0]
-    u = ((x_s - _by(shrink, x_s) * out[0]) / _by(gain, x_s) - 0.2 * lam(m)[:, None]) / (0.2 * _by(h, x_s))  # where on the line?
-    if (u - 0.5).abs().max() < 1e-6: return "That is still the middle, u = 1/2: the mean of u under the weight is _moments(h)[0]."
-    if (u - _moments(h)[0][:, None]).abs().max() > 1e-6: return f"You took the line at u = {u[0].item():.3f}, its mean is at {_moments(h)[0][0]:.3f}: x0_hat + m1 * (h / h_last) * (x0_hat - last x0_hat)."
-    if not sample(straight, process, start, process.steps(3), make()).isfinite().all(): return "The step to sigma = 0 is infinitely long: use _ratio for h / h_last."
+    if not (isinstance(out, tuple) and len(out) == 2):
+        return "A step returns two things: x_s and x0_hat."
+    if not torch.allclose(out[0], euler(straight, process, start, t, m)[0]):
+        return "The first step has no line yet: it should be DDIM."
+    (shrink, gain, h), x_s = (
+        linear_part(process, m, s),
+        step(straight, process, out[0], m, s)[0],
+    )
+    u = ((x_s - _by(shrink, x_s) * out[0]) / _by(gain, x_s) - 0.2 * lam(m)[:, None]) / (
+        0.2 * _by(h, x_s)
+    )  # where on the line?
+    if (u - 0.5).abs().max() < 1e-6:
+        return (
+            "That is still the middle, u = 1/2: the mean of u under the weight is"
+            " _moments(h)[0]."
+        )
+    if (u - _moments(h)[0][:, None]).abs().max() > 1e-6:
+        return (
+            f"You took the line at u = {u[0].item():.3f}, its mean is at"
+            f" {_moments(h)[0][0]:.3f}: x0_hat + m1 * (h / h_last) * (x0_hat - last"
+            " x0_hat)."
+        )
+    if not sample(straight, process, start, process.steps(3), make()).isfinite().all():
+        return "The step to sigma = 0 is infinitely long: use _ratio for h / h_last."
     step = make()
-    runs = [sample(straight, process, start, torch.tensor([900.0, 600, 400]), step) for _ in range(2)]
-    if not torch.equal(*runs): return "A second walk differs from the first: use the memory only if _onward(past, x, t)."
+    runs = [
+        sample(straight, process, start, torch.tensor([900.0, 600, 400]), step)
+        for _ in range(2)
+    ]
+    if not torch.equal(*runs):
+        return (
+            "A second walk differs from the first: use the memory only if _onward(past,"
+            " x, t)."
+        )
 
 # %% ../../nbs/answers/lesson_14.ipynb #f6ee913a
 def linear_part_eps(process, t, s, sign=1):
     (a_t, s_t), (a_s, s_s) = ((process.alpha(u), process.sigma(u)) for u in (t, s))
     return a_s / a_t, sign * (s_s - s_t * a_s / a_t)
 
-@exercise("14.3", "The other linear part", "code", linear_part_eps, "Nothing returned yet: start from linear_part, and exchange the roles of alpha and sigma.",
-          [(lambda *a: linear_part_eps(*a, sign=-1), "wrong sign"), (lambda *a: linear_part(*a)[:2], "other form"), (linear_part, "two things"),
-           (lambda *a: (linear_part_eps(*a)[0], 1 + linear_part_eps(*a)[1]), "DDIM"), (lambda *a: (1 / linear_part_eps(*a)[0], linear_part_eps(*a)[1]), "multiply by alpha_s")],
-          "Flow has alpha = 0 at its noise end, so its first step is infinite in this form.")
+
+@exercise(
+    "14.3",
+    "The other linear part",
+    "code",
+    linear_part_eps,
+    "Nothing returned yet: start from linear_part, and exchange the roles of alpha and"
+    " sigma.",
+    [
+        (lambda *a: linear_part_eps(*a, sign=-1), "wrong sign"),
+        (lambda *a: linear_part(*a)[:2], "other form"),
+        (linear_part, "two things"),
+        (lambda *a: (linear_part_eps(*a)[0], 1 + linear_part_eps(*a)[1]), "DDIM"),
+        (
+            lambda *a: (1 / linear_part_eps(*a)[0], linear_part_eps(*a)[1]),
+            "multiply by alpha_s",
+        ),
+    ],
+    "Flow has alpha = 0 at its noise end, so its first step is infinite in this form.",
+)
 def _(f):
-    process, t, s = DDPM(1000, "cosine"), torch.tensor([900.0, 500], dtype=torch.float64), torch.tensor([600.0, 0], dtype=torch.float64)
-    if len(f(process, t, s)) != 2: return "Return two things, shrink and gain."
-    (shrink, gain), (right, _, _), (a_s, s_s, s_t, a_t) = f(process, t, s), linear_part(process, t, s), (process.alpha(s), process.sigma(s), process.sigma(t), process.alpha(t))
-    if torch.allclose(shrink, right, atol=1e-9): return "That is the shrink of the other form, sigma_s / sigma_t: here x is measured in units of alpha."
-    if not torch.allclose(shrink, a_s / a_t): return "x_s / alpha_s - x_t / alpha_t = integral: multiply by alpha_s to find shrink."
-    if torch.allclose(gain, s_t * shrink - s_s): return "The gain has the wrong sign: eps is multiplied by the change of sigma / alpha, from t to s."
-    if not torch.allclose(gain, s_s - s_t * shrink): return "One DDIM step must come out: alpha_s * x0 + sigma_s * eps with x_t = alpha_t * x0 + sigma_t * eps."
+    process, t, s = (
+        DDPM(1000, "cosine"),
+        torch.tensor([900.0, 500], dtype=torch.float64),
+        torch.tensor([600.0, 0], dtype=torch.float64),
+    )
+    if len(f(process, t, s)) != 2:
+        return "Return two things, shrink and gain."
+    (shrink, gain), (right, _, _), (a_s, s_s, s_t, a_t) = (
+        f(process, t, s),
+        linear_part(process, t, s),
+        (process.alpha(s), process.sigma(s), process.sigma(t), process.alpha(t)),
+    )
+    if torch.allclose(shrink, right, atol=1e-9):
+        return (
+            "That is the shrink of the other form, sigma_s / sigma_t: here x is"
+            " measured in units of alpha."
+        )
+    if not torch.allclose(shrink, a_s / a_t):
+        return (
+            "x_s / alpha_s - x_t / alpha_t = integral: multiply by alpha_s to find"
+            " shrink."
+        )
+    if torch.allclose(gain, s_t * shrink - s_s):
+        return (
+            "The gain has the wrong sign: eps is multiplied by the change of sigma /"
+            " alpha, from t to s."
+        )
+    if not torch.allclose(gain, s_s - s_t * shrink):
+        return (
+            "One DDIM step must come out: alpha_s * x0 + sigma_s * eps with x_t ="
+            " alpha_t * x0 + sigma_t * eps."
+        )

@@ -20,49 +20,137 @@ from ..solvers import linear_part
 LESSON = "14b_few_steps"
 
 # %% ../../nbs/answers/lesson_14b.ipynb #a177caee
-several("14b.1", "Count evaluations", "Fill in the dictionary.",
-        {"one image from the guided teacher, 8 steps": (16, "8 steps, each a conditional and an unconditional evaluation"), "one image from the student of 4 steps": (4, "students need no guidance"),
-         "one training example on the first rung (guided teacher, k = 2): the student's own and the teacher's": (5, "1 of the student, and 2 guided steps of the teacher"),
-         "one training example on the second rung": (3, "the teacher is now a student itself: no guidance"),
-         "one training example of a student of 1 step taught by 8 guided steps at once (k = 8)": (17, "1 and 8 guided steps: that is the price of a rung left out")}, kind="predict")
+several(
+    "14b.1",
+    "Count evaluations",
+    "Fill in the dictionary.",
+    {
+        "one image from the guided teacher, 8 steps": (
+            16,
+            "8 steps, each a conditional and an unconditional evaluation",
+        ),
+        "one image from the student of 4 steps": (4, "students need no guidance"),
+        "one training example on the first rung (guided teacher, k = 2): the student's own and the teacher's": (
+            5,
+            "1 of the student, and 2 guided steps of the teacher",
+        ),
+        "one training example on the second rung": (
+            3,
+            "the teacher is now a student itself: no guidance",
+        ),
+        "one training example of a student of 1 step taught by 8 guided steps at once (k = 8)": (
+            17,
+            "1 and 8 guided steps: that is the price of a rung left out",
+        ),
+    },
+    kind="predict",
+)
 
 # %% ../../nbs/answers/lesson_14b.ipynb #bd21f2aa
 def heun_lesson(denoise, process, x, t, s, rule=heun):
     shrink, gain, _ = (bcast(v, x).to(x) for v in linear_part(process, t, s))
     return (rule(denoise, process, x, t, s)[0] - shrink * x) / gain
 
-def _euler_later(d, p, x, t, s): return heun_lesson(d, p, x, t - 50, s - 50)
 
-@exercise("14b.2", "A lesson from Heun", "code", heun_lesson, "Nothing returned yet: walk with heun, then solve x_s = shrink * x + gain * answer for the answer.",
-          [(lambda *a: heun(*a)[0], "where the walk ends"), (lambda d, p, x, t, s: heun_lesson(d, p, x, t, s) * bcast(linear_part(p, t, s)[1], x).float(), "divide"), (lambda *a: a[2][:, 0], "shape"),
-           (lambda *a: heun_lesson(*a, rule=euler), "at the start"), (lambda d, p, x, t, s: d(x, t), "at the start"), (_euler_later, "does not land")],
-          "Any deterministic walk can be taught, by any rule and of any length: the student only sees where it ends.")
+def _euler_later(d, p, x, t, s):
+    return heun_lesson(d, p, x, t - 50, s - 50)
+
+
+@exercise(
+    "14b.2",
+    "A lesson from Heun",
+    "code",
+    heun_lesson,
+    "Nothing returned yet: walk with heun, then solve x_s = shrink * x + gain * answer"
+    " for the answer.",
+    [
+        (lambda *a: heun(*a)[0], "where the walk ends"),
+        (
+            lambda d, p, x, t, s: heun_lesson(d, p, x, t, s)
+            * bcast(linear_part(p, t, s)[1], x).float(),
+            "divide",
+        ),
+        (lambda *a: a[2][:, 0], "shape"),
+        (lambda *a: heun_lesson(*a, rule=euler), "at the start"),
+        (lambda d, p, x, t, s: d(x, t), "at the start"),
+        (_euler_later, "does not land"),
+    ],
+    "Any deterministic walk can be taught, by any rule and of any length: the student"
+    " only sees where it ends.",
+)
 def _(f):
     process, corner = DDPM(1000, "cosine"), torch.arange(8) * math.pi / 4
-    exact = GaussianMixture(torch.stack([corner.cos(), corner.sin()], 1).double(), 0.1).denoiser(process)
+    exact = GaussianMixture(
+        torch.stack([corner.cos(), corner.sin()], 1).double(), 0.1
+    ).denoiser(process)
     noise = process.init_noise((600, 2), generator=torch.Generator().manual_seed(0))
     t, s = torch.full((600,), 700), torch.full((600,), 400)
     got = f(exact, process, noise, t, s)
-    if got.shape != noise.shape: return f"The answer has the shape of x, not {tuple(got.shape)}: give shrink and gain a second axis with bcast."
-    (shrink, gain, _), end = (bcast(v, noise).float() for v in linear_part(process, t, s)), heun(exact, process, noise, t, s)[0]
+    if got.shape != noise.shape:
+        return (
+            f"The answer has the shape of x, not {tuple(got.shape)}: give shrink and"
+            " gain a second axis with bcast."
+        )
+    (shrink, gain, _), end = (
+        bcast(v, noise).float() for v in linear_part(process, t, s)
+    ), heun(exact, process, noise, t, s)[0]
     near = lambda wrong: (got - wrong).abs().max() < 1e-4
-    if near(end): return "That is where the walk ends, x_s; asked is the answer that leads there in one DDIM step."
-    if near(end - shrink * noise): return "Divide by gain."
-    if near(exact(noise, t)): return "That is the teacher's answer at the start: it makes DDIM's step, not Heun's."
-    if not near((end - shrink * noise) / gain): return "One step with your answer does not land where heun does: (x_s - shrink * x) / gain."
+    if near(end):
+        return (
+            "That is where the walk ends, x_s; asked is the answer that leads there in"
+            " one DDIM step."
+        )
+    if near(end - shrink * noise):
+        return "Divide by gain."
+    if near(exact(noise, t)):
+        return (
+            "That is the teacher's answer at the start: it makes DDIM's step, not"
+            " Heun's."
+        )
+    if not near((end - shrink * noise) / gain):
+        return (
+            "One step with your answer does not land where heun does: (x_s - shrink *"
+            " x) / gain."
+        )
 
 # %% ../../nbs/answers/lesson_14b.ipynb #6290bb8f
-def truncated_snr(process, t): return process.snr(t).clamp(min=1)
+def truncated_snr(process, t):
+    return process.snr(t).clamp(min=1)
 
-@exercise("14b.3", "The truncated SNR", "code", truncated_snr, "Nothing returned yet: the larger of process.snr(t) and 1, for each time.",
-          [(lambda p, t: p.snr(t), "learn nothing"), (lambda p, t: p.snr(t).clamp(max=1), "minimum"), (lambda p, t: p.snr(t).sqrt().clamp(min=1), "root"), (lambda p, t: p.snr(t) + 1, "other weight"),
-           (lambda p, t: p.snr(t).mean(), "each time"), (lambda p, t: 2 * p.snr(t).clamp(min=1), "max(alpha")])
+
+@exercise(
+    "14b.3",
+    "The truncated SNR",
+    "code",
+    truncated_snr,
+    "Nothing returned yet: the larger of process.snr(t) and 1, for each time.",
+    [
+        (lambda p, t: p.snr(t), "learn nothing"),
+        (lambda p, t: p.snr(t).clamp(max=1), "minimum"),
+        (lambda p, t: p.snr(t).sqrt().clamp(min=1), "root"),
+        (lambda p, t: p.snr(t) + 1, "other weight"),
+        (lambda p, t: p.snr(t).mean(), "each time"),
+        (lambda p, t: 2 * p.snr(t).clamp(min=1), "max(alpha"),
+    ],
+)
 def _(f):
     process, t = DDPM(1000, "cosine"), torch.tensor([1000, 800, 300, 50])
     w, snr = f(process, t), process.snr(t)
-    if not isinstance(w, torch.Tensor) or w.shape != (4,): return "One weight for each time."
-    if torch.allclose(w.double(), snr): return f"At t = 1000 the weight is {w[0]:.0e}: a student of one step would learn nothing; cut off below 1."
-    if w.max() <= 1: return "The maximum of snr and 1, not the minimum: clean times count more."
-    if torch.allclose(w.double(), snr.sqrt().clamp(min=1)): return "snr is alpha^2 / sigma^2: do not take the root."
-    if torch.allclose(w.double(), snr + 1): return "snr + 1 is the paper's other weight (as v-prediction has it); asked is the truncated one."
-    if not torch.allclose(w.double(), snr.clamp(min=1)): return "It should be max(alpha^2 / sigma^2, 1), for each time."
+    if not isinstance(w, torch.Tensor) or w.shape != (4,):
+        return "One weight for each time."
+    if torch.allclose(w.double(), snr):
+        return (
+            f"At t = 1000 the weight is {w[0]:.0e}: a student of one step would learn"
+            " nothing; cut off below 1."
+        )
+    if w.max() <= 1:
+        return "The maximum of snr and 1, not the minimum: clean times count more."
+    if torch.allclose(w.double(), snr.sqrt().clamp(min=1)):
+        return "snr is alpha^2 / sigma^2: do not take the root."
+    if torch.allclose(w.double(), snr + 1):
+        return (
+            "snr + 1 is the paper's other weight (as v-prediction has it); asked is the"
+            " truncated one."
+        )
+    if not torch.allclose(w.double(), snr.clamp(min=1)):
+        return "It should be max(alpha^2 / sigma^2, 1), for each time."

@@ -13,44 +13,113 @@ from ..exercises import exercise, several
 LESSON = "15_likelihood"
 
 # %% ../../nbs/answers/lesson_15.ipynb #7851c262
-several("15.1", "Five claims", "Fill in the dictionary.",
-        {"clip_x0 can never make the bound of an image worse": (True, "pixels lie in [-1, 1]: can moving an estimate into that range take it further from them?"),
-         "more steps of the grid always give a lower bound of the same image, term for term": (False, "each term is one random draw; only the average of the sum falls"),
-         "a density of 5 nats at an image means a mistake, since probabilities are at most 1": (False, "a density may exceed 1; its integral may not"),
-         "the ODE's likelihood with one probe is wrong on average": (False, "see the test with all 64 sign vectors"),
-         "a model with a lower bound in bits makes better pictures": (False, "compare the raw network with its anchored version")})
+several(
+    "15.1",
+    "Five claims",
+    "Fill in the dictionary.",
+    {
+        "clip_x0 can never make the bound of an image worse": (
+            True,
+            (
+                "pixels lie in [-1, 1]: can moving an estimate into that range take it"
+                " further from them?"
+            ),
+        ),
+        "more steps of the grid always give a lower bound of the same image, term for term": (
+            False,
+            "each term is one random draw; only the average of the sum falls",
+        ),
+        "a density of 5 nats at an image means a mistake, since probabilities are at most 1": (
+            False,
+            "a density may exceed 1; its integral may not",
+        ),
+        "the ODE's likelihood with one probe is wrong on average": (
+            False,
+            "see the test with all 64 sign vectors",
+        ),
+        "a model with a lower bound in bits makes better pictures": (
+            False,
+            "compare the raw network with its anchored version",
+        ),
+    },
+)
 
 # %% ../../nbs/answers/lesson_15.ipynb #c30cce29
-def best_kl(E, D): return D / 2 * torch.log1p(E / D)
+def best_kl(E, D):
+    return D / 2 * torch.log1p(E / D)
 
-@exercise("15.2", "The best variance", "code", best_kl, "No answer yet: set the derivative with respect to r to 0, and put that r into the formula.",
-          [(lambda E, D: 1 / (1 + E / D), "best r"), (lambda E, D: E / 2, "r = 1"), (lambda E, D: torch.log1p(E / D), "all D"), (lambda E, D: 0.5 * torch.log1p(E / D), "all D"), (lambda E, D: E, "least cost is")],
-          "With the average E over the data this is what Analytic-DPM does.")
+
+@exercise(
+    "15.2",
+    "The best variance",
+    "code",
+    best_kl,
+    "No answer yet: set the derivative with respect to r to 0, and put that r into the"
+    " formula.",
+    [
+        (lambda E, D: 1 / (1 + E / D), "best r"),
+        (lambda E, D: E / 2, "r = 1"),
+        (lambda E, D: torch.log1p(E / D), "all D"),
+        (lambda E, D: 0.5 * torch.log1p(E / D), "all D"),
+        (lambda E, D: E, "least cost is"),
+    ],
+    "With the average E over the data this is what Analytic-DPM does.",
+)
 def _(f):
     E, D = torch.tensor([0.0, 0.5, 8.0]).double(), 4
     got, r = f(E, D), torch.logspace(-3, 0, 20001).double()[:, None]
     right = (D / 2 * (r - 1 - r.log()) + r / 2 * E).amin(0)
-    if torch.allclose(got, 1 / (1 + E / D), atol=1e-3): return "This is the best r; put it into the formula."
-    if torch.allclose(got, E / 2): return "This is the cost for r = 1."
-    if torch.allclose(got, 2 / D * right, atol=1e-3) or torch.allclose(got, right / D, atol=1e-3): return "The cost is for all D dimensions, not for one."
-    if not torch.allclose(got, right, atol=1e-3): return f"For E = 8, D = 4 the least cost is {right[2]:.3f}, not {got[2]:.3f}."
+    if torch.allclose(got, 1 / (1 + E / D), atol=1e-3):
+        return "This is the best r; put it into the formula."
+    if torch.allclose(got, E / 2):
+        return "This is the cost for r = 1."
+    if torch.allclose(got, 2 / D * right, atol=1e-3) or torch.allclose(
+        got, right / D, atol=1e-3
+    ):
+        return "The cost is for all D dimensions, not for one."
+    if not torch.allclose(got, right, atol=1e-3):
+        return f"For E = 8, D = 4 the least cost is {right[2]:.3f}, not {got[2]:.3f}."
 
 # %% ../../nbs/answers/lesson_15.ipynb #3cc5c98f
 def cheap_bound(terms, m, generator=None):
     pick = torch.randint(len(terms), (m,), generator=generator)
     return terms[pick].sum(0) * len(terms) / m
 
-@exercise("15.3", "A few terms of a thousand", "code", cheap_bound, "No answer yet: draw m row numbers, and think of what their sum must be multiplied by.",
-          [(lambda t, m, g: t.sum(0), "same"), (lambda t, m, g: cheap_bound(t, m, g) * m / len(t), "share m / n"), (lambda t, m, g: cheap_bound(t, m, g) / len(t), "mean of a term"),
-           (lambda t, m, g: cheap_bound(t, m, g).sum(), "(2,)"), (lambda t, m, g: 2 * cheap_bound(t, m, g), "times the sum")], "This is how such models are trained on the bound: one random term for each image.")
+
+@exercise(
+    "15.3",
+    "A few terms of a thousand",
+    "code",
+    cheap_bound,
+    "No answer yet: draw m row numbers, and think of what their sum must be"
+    " multiplied by.",
+    [
+        (lambda t, m, g: t.sum(0), "same"),
+        (lambda t, m, g: cheap_bound(t, m, g) * m / len(t), "share m / n"),
+        (lambda t, m, g: cheap_bound(t, m, g) / len(t), "mean of a term"),
+        (lambda t, m, g: cheap_bound(t, m, g).sum(), "(2,)"),
+        (lambda t, m, g: 2 * cheap_bound(t, m, g), "times the sum"),
+    ],
+    "This is how such models are trained on the bound: one random term for each image.",
+)
 def _(f):
     terms = torch.arange(1.0, 21)[:, None] * torch.tensor([1.0, 10.0])
     tries = [f(terms, 4, torch.Generator().manual_seed(i)) for i in range(2000)]
-    if tries[0].shape != (2,): return f"One number per example, (2,), not {tuple(tries[0].shape)}."
+    if tries[0].shape != (2,):
+        return f"One number per example, (2,), not {tuple(tries[0].shape)}."
     tries = torch.stack(tries)
-    if tries.std(0)[0] == 0: return "It is always the same: the terms must be drawn at random, with the generator."
+    if tries.std(0)[0] == 0:
+        return (
+            "It is always the same: the terms must be drawn at random, with the"
+            " generator."
+        )
     ratio = (tries.mean(0) / terms.sum(0)).mean()
-    if abs(ratio - 1) < 0.03: return None
-    if abs(ratio - 4 / 20) < 0.01: return "Too small on average: m of n terms hold only the share m / n of the sum."
-    if abs(ratio - 1 / 20) < 0.01: return "This is the mean of a term; the bound is their sum."
+    if abs(ratio - 1) < 0.03:
+        return None
+    if abs(ratio - 4 / 20) < 0.01:
+        return (
+            "Too small on average: m of n terms hold only the share m / n of the sum."
+        )
+    if abs(ratio - 1 / 20) < 0.01:
+        return "This is the mean of a term; the bound is their sum."
     return f"It is {ratio:.2f} times the sum on average."

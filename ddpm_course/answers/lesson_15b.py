@@ -13,42 +13,115 @@ from ..exercises import exercise, several
 LESSON = "15b_latents"
 
 # %% ../../nbs/answers/lesson_15b.ipynb #1969f8df
-several("15b.1", "An alarm for high cost", "Fill in the dictionary.",
-        {"inverted": (True, "hardly a pixel has the value that the model expects"), "noise": (True, "nothing in it can be predicted"),
-         "black": (False, "it costs less than any digit: an alarm for high cost stays silent"), "upside down": (False, "strokes stay strokes; look at the picture of costs")},
-        "The alarm finds what is hard to predict, not what is foreign.")
+several(
+    "15b.1",
+    "An alarm for high cost",
+    "Fill in the dictionary.",
+    {
+        "inverted": (True, "hardly a pixel has the value that the model expects"),
+        "noise": (True, "nothing in it can be predicted"),
+        "black": (
+            False,
+            "it costs less than any digit: an alarm for high cost stays silent",
+        ),
+        "upside down": (False, "strokes stay strokes; look at the picture of costs"),
+    },
+    "The alarm finds what is hard to predict, not what is foreign.",
+)
 
 # %% ../../nbs/answers/lesson_15b.ipynb #fcbc291e
 def usual(cost, train_costs, centre=torch.median):
     middle = centre(train_costs)
-    return ((train_costs - middle).abs() >= (cost - middle).abs()[:, None]).float().mean(1)
+    return (
+        ((train_costs - middle).abs() >= (cost - middle).abs()[:, None]).float().mean(1)
+    )
 
-@exercise("15b.2", "Too cheap is suspicious too", "code", usual, "No answer yet: compare distances from train_costs.median().",
-          [(lambda c, t: (t >= c[:, None]).float().mean(1), "one-sided"), (lambda c, t: 1 - usual(c, t), "other way"), (lambda c, t: usual(c, t, torch.mean), "the mean"), (lambda c, t: len(t) * usual(c, t), "a share"), (lambda c, t: usual(c, t).mean(), "(5,)"),
-           (lambda c, t: usual(c, t) ** 2, "8 of 11")], "A test of typicality (Nalisnick et al. 2019). Upside-down digits still pass: they cost what digits cost.")
+
+@exercise(
+    "15b.2",
+    "Too cheap is suspicious too",
+    "code",
+    usual,
+    "No answer yet: compare distances from train_costs.median().",
+    [
+        (lambda c, t: (t >= c[:, None]).float().mean(1), "one-sided"),
+        (lambda c, t: 1 - usual(c, t), "other way"),
+        (lambda c, t: usual(c, t, torch.mean), "the mean"),
+        (lambda c, t: len(t) * usual(c, t), "a share"),
+        (lambda c, t: usual(c, t).mean(), "(5,)"),
+        (lambda c, t: usual(c, t) ** 2, "8 of 11"),
+    ],
+    "A test of typicality (Nalisnick et al. 2019). Upside-down digits still pass: they"
+    " cost what digits cost.",
+)
 def _(f):
-    known, cost = torch.tensor([*range(1, 11), 40]).float(), torch.tensor([6.0, 8.0, 4.0, 0.0, 60.0])
+    known, cost = torch.tensor([*range(1, 11), 40]).float(), torch.tensor(
+        [6.0, 8.0, 4.0, 0.0, 60.0]
+    )
     got, right = f(cost, known), torch.tensor([1.0, 8 / 11, 8 / 11, 1 / 11, 0.0])
-    if got.shape != (5,): return f"One number per image, (5,), not {tuple(got.shape)}."
-    if torch.allclose(got, right): return None
-    if torch.allclose(got, usual(cost, known, torch.mean)): return "That is measured from the mean, which a single dear image moves: take the median."
-    if torch.allclose(got, 1 - right): return "The other way round: count the training costs that are at least as far away."
-    if torch.allclose(got, right * 11): return "It should be a share, not a number: divide by how many there are."
-    if got[3] == 1 or got[4] == 1: return "One-sided: a cost that is far too low is as unusual as one that is far too high; take distances from the median."
-    return f"For a cost of 8 and training costs 1 to 10 and 40: 8 of 11 are at least 2 away from the median 6, not {got[1]:.2f}."
+    if got.shape != (5,):
+        return f"One number per image, (5,), not {tuple(got.shape)}."
+    if torch.allclose(got, right):
+        return None
+    if torch.allclose(got, usual(cost, known, torch.mean)):
+        return (
+            "That is measured from the mean, which a single dear image moves: take the"
+            " median."
+        )
+    if torch.allclose(got, 1 - right):
+        return (
+            "The other way round: count the training costs that are at least as far"
+            " away."
+        )
+    if torch.allclose(got, right * 11):
+        return "It should be a share, not a number: divide by how many there are."
+    if got[3] == 1 or got[4] == 1:
+        return (
+            "One-sided: a cost that is far too low is as unusual as one that is far too"
+            " high; take distances from the median."
+        )
+    return (
+        "For a cost of 8 and training costs 1 to 10 and 40: 8 of 11 are at least 2"
+        f" away from the median 6, not {got[1]:.2f}."
+    )
 
 # %% ../../nbs/answers/lesson_15b.ipynb #e036b5a0
-def blend(z, w): return torch.tensordot(w, z, 1) / w.norm()
+def blend(z, w):
+    return torch.tensordot(w, z, 1) / w.norm()
 
-@exercise("15b.3", "Blend several latents", "code", blend, "No answer yet: variances of independent numbers add, so what is the variance of the weighted sum?",
-          [(lambda z, w: torch.tensordot(w, z, 1), "too weak"), (lambda z, w: torch.tensordot(w, z, 1) * 2, "equal weights"), (lambda z, w: w[:, None] * z, "one latent"), (lambda z, w: z[0], "shares"),
-           (lambda z, w: 5 * blend(z, w), "standard deviation")], "For two latents at a right angle this is an arc like slerp's.")
+
+@exercise(
+    "15b.3",
+    "Blend several latents",
+    "code",
+    blend,
+    "No answer yet: variances of independent numbers add, so what is the variance of"
+    " the weighted sum?",
+    [
+        (lambda z, w: torch.tensordot(w, z, 1), "too weak"),
+        (lambda z, w: torch.tensordot(w, z, 1) * 2, "equal weights"),
+        (lambda z, w: w[:, None] * z, "one latent"),
+        (lambda z, w: z[0], "shares"),
+        (lambda z, w: 5 * blend(z, w), "standard deviation"),
+    ],
+    "For two latents at a right angle this is an arc like slerp's.",
+)
 def _(f):
-    z, w = torch.randn(4, 20000, generator=torch.Generator().manual_seed(0)), torch.tensor([0.4, 0.3, 0.2, 0.1])
+    z, w = torch.randn(
+        4, 20000, generator=torch.Generator().manual_seed(0)
+    ), torch.tensor([0.4, 0.3, 0.2, 0.1])
     got = f(z, w)
-    if got.shape != z.shape[1:]: return f"One latent, {tuple(z.shape[1:])}, not {tuple(got.shape)}."
-    if torch.corrcoef(torch.stack([got, torch.tensordot(w, z, 1)]))[0, 1] < 0.99: return "The shares are not w: only the length of the weighted sum may change."
-    if abs(got.std() - 1) < 0.03: return None
-    if abs(got.std() - w.norm()) < 0.03: return "Too weak: the weighted sum has the variance sum(w^2), less than 1."
-    if abs(got.std() - 2 * w.norm()) < 0.03: return "Right for equal weights only: divide by the root of sum(w^2), not by 1 / sqrt(N)."
+    if got.shape != z.shape[1:]:
+        return f"One latent, {tuple(z.shape[1:])}, not {tuple(got.shape)}."
+    if torch.corrcoef(torch.stack([got, torch.tensordot(w, z, 1)]))[0, 1] < 0.99:
+        return "The shares are not w: only the length of the weighted sum may change."
+    if abs(got.std() - 1) < 0.03:
+        return None
+    if abs(got.std() - w.norm()) < 0.03:
+        return "Too weak: the weighted sum has the variance sum(w^2), less than 1."
+    if abs(got.std() - 2 * w.norm()) < 0.03:
+        return (
+            "Right for equal weights only: divide by the root of sum(w^2), not by 1 /"
+            " sqrt(N)."
+        )
     return f"Its standard deviation is {got.std():.2f}, not 1."

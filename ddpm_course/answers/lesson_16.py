@@ -18,56 +18,177 @@ from ..score import GaussianMixture
 LESSON = "16_rosetta"
 
 # %% ../../nbs/answers/lesson_16.ipynb #02e4d038
-several("16.1", "Dictionary", "Fill in the dictionary.",
-        {"diffusers' DDPMScheduler says timestep 0; our t is": (1, {0: "entry 0 of their tables is already noisy", -1: "the other way: their 0 is a later time for us", None: "which of our times is the first noisy one?"}),
-         "flow_matching says t = 0.2; sigma / alpha is": (4, {0.25: "noise is at 0 there: at t = 0.2 most is noise", 0.2: "that is alpha", None: "find alpha and sigma first"}),
-         "k-diffusion says sigma = 0.75; alpha of a VP process there is": (0.8, {0.64: "that is alpha^2", 0.57: "alpha^2 + sigma^2 = 1, not alpha + sigma = 1", 0.6: "that is sigma of the VP process", None: "find alpha and sigma first"}),
-         "alpha = 0.8, sigma = 0.6; the number that flow_matching calls snr is": (4 / 3, {1.78: "that is ours; theirs is not squared", 0.75: "upside down", None: "a ratio of alpha and sigma"}),
-         "the DDIM paper says alpha_t = 0.64; our alpha is": (0.8, {0.64: "their alpha_t is the product, DDPM's alpha-bar", 0.41: "take the root, not the square", 0.6: "that is sigma", None: "their alpha_t is a share of variance"})})
+several(
+    "16.1",
+    "Dictionary",
+    "Fill in the dictionary.",
+    {
+        "diffusers' DDPMScheduler says timestep 0; our t is": (
+            1,
+            {
+                0: "entry 0 of their tables is already noisy",
+                -1: "the other way: their 0 is a later time for us",
+                None: "which of our times is the first noisy one?",
+            },
+        ),
+        "flow_matching says t = 0.2; sigma / alpha is": (
+            4,
+            {
+                0.25: "noise is at 0 there: at t = 0.2 most is noise",
+                0.2: "that is alpha",
+                None: "find alpha and sigma first",
+            },
+        ),
+        "k-diffusion says sigma = 0.75; alpha of a VP process there is": (
+            0.8,
+            {
+                0.64: "that is alpha^2",
+                0.57: "alpha^2 + sigma^2 = 1, not alpha + sigma = 1",
+                0.6: "that is sigma of the VP process",
+                None: "find alpha and sigma first",
+            },
+        ),
+        "alpha = 0.8, sigma = 0.6; the number that flow_matching calls snr is": (
+            4 / 3,
+            {
+                1.78: "that is ours; theirs is not squared",
+                0.75: "upside down",
+                None: "a ratio of alpha and sigma",
+            },
+        ),
+        "the DDIM paper says alpha_t = 0.64; our alpha is": (
+            0.8,
+            {
+                0.64: "their alpha_t is the product, DDPM's alpha-bar",
+                0.41: "take the root, not the square",
+                0.6: "that is sigma",
+                None: "their alpha_t is a share of variance",
+            },
+        ),
+    },
+)
 
 # %% ../../nbs/answers/lesson_16.ipynb #6a0bd4fb
 def meta_param(alpha, sigma):
     return torch.ones_like(alpha), sigma, torch.ones_like(alpha)
 
+
 _one = torch.ones_like
 
-@exercise("16.2", "Meta's velocity", "code", meta_param, "Return three things: c_skip, c_out, c_in.",
-          [(lambda a, s: (_one(a), -s, _one(a)), "the sign"), (lambda a, s: (_one(a), s), "three things"), (lambda a, s: (1, s, 1), "of alpha's shape"), (lambda a, s: (0 * a, s, _one(a)), "c_skip"),
-           (lambda a, s: (_one(a), a, _one(a)), "start from"), (lambda a, s: (_one(a), s, a), "c_in is 1")], "Against our velocity only the sign of c_out changes.")
+
+@exercise(
+    "16.2",
+    "Meta's velocity",
+    "code",
+    meta_param,
+    "Return three things: c_skip, c_out, c_in.",
+    [
+        (lambda a, s: (_one(a), -s, _one(a)), "the sign"),
+        (lambda a, s: (_one(a), s), "three things"),
+        (lambda a, s: (1, s, 1), "of alpha's shape"),
+        (lambda a, s: (0 * a, s, _one(a)), "c_skip"),
+        (lambda a, s: (_one(a), a, _one(a)), "start from"),
+        (lambda a, s: (_one(a), s, a), "c_in is 1"),
+    ],
+    "Against our velocity only the sign of c_out changes.",
+)
 def _(param):
     p, t = Flow(), torch.tensor([0.1, 0.4, 0.9])
     x0, eps = torch.tensor([[1.0], [2], [3]]), torch.tensor([[0.5], [-1], [2]])
     x_t, made = p.add_noise(x0, t, eps), param(*arrow(p, t))
-    if len(made) != 3: return "Return three things: c_skip, c_out, c_in."
-    if not all(isinstance(c, torch.Tensor) and c.shape == (3,) for c in made): return "Each is a tensor of alpha's shape: torch.ones_like(alpha) is a 1 that fits."
-    if torch.allclose(convert(x0 - eps, x_t, p, t, param, "x0"), x0, atol=1e-5): return None if (made[2] == 1).all() else "x0_hat is right; the network sees x_t as it is, so c_in is 1."
-    if torch.allclose(convert(eps - x0, x_t, p, t, param, "x0"), x0, atol=1e-5): return "That is our own velocity, noise minus data: the sign is the other way."
-    if (made[0] == 0).all(): return "x_t holds most of the image when the noise is weak: it has to enter through c_skip."
+    if len(made) != 3:
+        return "Return three things: c_skip, c_out, c_in."
+    if not all(isinstance(c, torch.Tensor) and c.shape == (3,) for c in made):
+        return (
+            "Each is a tensor of alpha's shape: torch.ones_like(alpha) is a 1 that"
+            " fits."
+        )
+    if torch.allclose(convert(x0 - eps, x_t, p, t, param, "x0"), x0, atol=1e-5):
+        return (
+            None
+            if (made[2] == 1).all()
+            else "x0_hat is right; the network sees x_t as it is, so c_in is 1."
+        )
+    if torch.allclose(convert(eps - x0, x_t, p, t, param, "x0"), x0, atol=1e-5):
+        return "That is our own velocity, noise minus data: the sign is the other way."
+    if (made[0] == 0).all():
+        return (
+            "x_t holds most of the image when the noise is weak: it has to enter"
+            " through c_skip."
+        )
     return "Start from x_t = (1 - sigma) x0 + sigma eps and put eps = x0 - F into it."
 
 # %% ../../nbs/answers/lesson_16.ipynb #599d919a
-def for_k_diffusion(denoise, process, scale=lambda a, s: a, out=lambda x, d, a, s: d, time=lambda s, p: same_level(s, EDM(), p)):
+def for_k_diffusion(
+    denoise,
+    process,
+    scale=lambda a, s: a,
+    out=lambda x, d, a, s: d,
+    time=lambda s, p: same_level(s, EDM(), p),
+):
     def model(x, sigma):
         t = time(sigma, process)
         a = arrow(process, t)[0][:, None]
         return out(x, denoise(scale(a, sigma[:, None]) * x, t), a, sigma[:, None])
+
     return model
 
-def _other(**kw): return lambda d, p: for_k_diffusion(d, p, **kw)
 
-@exercise("16.3", "A model for k-diffusion", "code", for_k_diffusion, "Return a function model(x, sigma).",
-          [(_other(scale=lambda a, s: 1), "scale it"), (_other(out=lambda x, d, a, s: (x - d) / s), "that is d"), (_other(out=lambda x, d, a, s: a * d), "only the input"),
-           (_other(time=lambda s, p: 100 * s), "noise level sigma"), (lambda d, p: lambda x, s: None, "of x's shape")], "The factor is 1 / sqrt(1 + sigma^2), and is called c_in there.")
+def _other(**kw):
+    return lambda d, p: for_k_diffusion(d, p, **kw)
+
+
+@exercise(
+    "16.3",
+    "A model for k-diffusion",
+    "code",
+    for_k_diffusion,
+    "Return a function model(x, sigma).",
+    [
+        (_other(scale=lambda a, s: 1), "scale it"),
+        (_other(out=lambda x, d, a, s: (x - d) / s), "that is d"),
+        (_other(out=lambda x, d, a, s: a * d), "only the input"),
+        (_other(time=lambda s, p: 100 * s), "noise level sigma"),
+        (lambda d, p: lambda x, s: None, "of x's shape"),
+    ],
+    "The factor is 1 / sqrt(1 + sigma^2), and is called c_in there.",
+)
 def _(make):
     p, s = DDPM(1000, "cosine"), torch.tensor([0.1, 1.0, 7.0], dtype=torch.float64)
-    mix = GaussianMixture(torch.tensor([[2.0, 0], [-1, 1.5], [0, -1]], dtype=torch.float64), 0.3, [0.5, 0.3, 0.2])
+    mix = GaussianMixture(
+        torch.tensor([[2.0, 0], [-1, 1.5], [0, -1]], dtype=torch.float64),
+        0.3,
+        [0.5, 0.3, 0.2],
+    )
     x0 = mix.sample(3, torch.Generator().manual_seed(5))
-    x = x0 + s[:, None] * torch.tensor([[0.3, -1], [1, 0.5], [-0.7, 0.2]], dtype=torch.float64)
-    got, want, d = make(mix.denoiser(p), p)(x, s), mix.denoiser(EDM())(x, s), mix.denoiser(p)
-    if got is None: return "Return the estimate of the clean image, of x's shape."
-    tau, near = same_level(s, EDM(), p), lambda a: a.shape == got.shape and torch.allclose(got, a, atol=1e-6)
-    if near(want): return None
-    if near(d(x, tau)): return "The time is right, but x is sqrt(1 + sigma^2) times larger than DDPM's images: scale it."
-    if near((x - want) / s[:, None]): return "That is d, the noise; the samplers compute it themselves from what you return."
-    if near(arrow(p, tau)[0][:, None] * want): return "The answer is already a clean image: only the input is scaled."
-    return "Find DDPM's time with noise level sigma (EDM's time is its noise level), then scale x to alpha * x there."
+    x = x0 + s[:, None] * torch.tensor(
+        [[0.3, -1], [1, 0.5], [-0.7, 0.2]], dtype=torch.float64
+    )
+    got, want, d = (
+        make(mix.denoiser(p), p)(x, s),
+        mix.denoiser(EDM())(x, s),
+        mix.denoiser(p),
+    )
+    if got is None:
+        return "Return the estimate of the clean image, of x's shape."
+    tau, near = same_level(
+        s, EDM(), p
+    ), lambda a: a.shape == got.shape and torch.allclose(got, a, atol=1e-6)
+    if near(want):
+        return None
+    if near(d(x, tau)):
+        return (
+            "The time is right, but x is sqrt(1 + sigma^2) times larger than DDPM's"
+            " images: scale it."
+        )
+    if near((x - want) / s[:, None]):
+        return (
+            "That is d, the noise; the samplers compute it themselves from what you"
+            " return."
+        )
+    if near(arrow(p, tau)[0][:, None] * want):
+        return "The answer is already a clean image: only the input is scaled."
+    return (
+        "Find DDPM's time with noise level sigma (EDM's time is its noise level), then"
+        " scale x to alpha * x there."
+    )
