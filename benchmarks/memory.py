@@ -1,6 +1,7 @@
-"""Peak memory of a training step and of guided sampling, against image size and batch. Every case runs in a process of its own.
+"""Peak memory of a training step and of guided sampling, against image size and batch.
 
-On a CPU this is the most that the process ever held, with torch and everything; on a GPU what torch allocated there.
+Every case runs in a process of its own. On a CPU this is the most that the process ever held, with
+torch and everything; on a GPU what torch allocated there.
 
     python benchmarks/memory.py [--sizes 32 64 128] [--batches 8 32]
 """

@@ -1,15 +1,16 @@
-"""What does a network evaluation buy? Our samplers and those of the peers, on the same weights, all guided, seen by the same judge.
+"""What does a network evaluation buy? Our samplers beside those of the peers.
 
-A guided evaluation is one doubled batch and counts once. The last row is the source's way: 999 ancestral steps, nothing clipped,
-and two separate passes for guidance.
+All draw with the same weights, guided, and are seen by the same judge. A guided evaluation is one
+doubled batch and counts once. The last row is the source's way: 999 ancestral steps, nothing
+clipped, and two separate passes for guidance.
 
     python benchmarks/samplers.py                      all rows, on the weights that ship
     python benchmarks/samplers.py --only source        one group
-    python benchmarks/samplers.py --run runs/mine      on other weights, of a model of MNIST at 32x32
+    python benchmarks/samplers.py --run runs/mine      on other weights (MNIST at 32x32)
     python benchmarks/samplers.py --time               only the clock, for the rows that are there
 
-Seconds come from a race at the end: one chunk of every row in turn, for several rounds, of which the median counts, since shared
-machines drift.
+Seconds come from a race at the end: one chunk of every row in turn, for several rounds, of which
+the median counts, since shared machines drift.
 """
 
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""The code base that the course grew out of: its network and its training step, mistakes included,
-as the thing to compare with."""
+"""What is compared with: network and training step of the course's source, mistakes and all."""
 
 import copy
 import random
@@ -12,8 +11,7 @@ from ddpm_course.unet import SelfAttention, UNet_conditional
 
 
 class SourceAttention(nn.Module):
-    """As the source has it: nn.MultiheadAttention with its default, which returns (and so computes)
-    the attention weights."""
+    """nn.MultiheadAttention with its default, which returns (and so computes) the weights."""
 
     def __init__(self, channels, heads=4):
         super().__init__()
@@ -44,8 +42,11 @@ def source_net(channels: int, num_classes: int) -> nn.Module:
 
 
 class SourceTrainer:
-    """float32 (its mixed precision was never on), labels dropped for a whole batch at once, AdamW and EMA parameter by parameter,
-    a one-cycle learning rate, EMA that only copies for 2,000 steps, the loss read after every step.
+    """How the source trains.
+
+    float32 (its mixed precision was never on), labels dropped for a whole batch at once, AdamW and
+    EMA parameter by parameter, a one-cycle learning rate, EMA that only copies for 2,000 steps, the
+    loss read after every step.
     """
 
     def __init__(self, shape, num_classes, device, lr=3e-4, steps=10_000):

@@ -1,7 +1,11 @@
-"""Put each of the eighteen mistakes back, one at a time, and see that a test fails: `make mutants`, or `python tools/mutants.py 4 17`.
+"""Put each of the eighteen mistakes back, one at a time, and see that a test fails.
 
-The work is done on a copy in a temporary folder. An edit is (file, old text, new text); the old text must occur exactly once
-(white space may differ), so that a patch that no longer applies is noticed."""
+usage: python tools/mutants.py [NUMBER...]      (all of them: make mutants)
+
+The work is done on a copy in a temporary folder. An edit is (file, old text, new text); the old
+text must occur exactly once (white space may differ), so that a patch that no longer applies is
+noticed.
+"""
 
 import argparse
 import os
