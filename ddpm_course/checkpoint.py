@@ -21,8 +21,7 @@ import torch
 
 # %% ../nbs/93_checkpoint.ipynb #475b7fb0
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or of another model; the message says which
-    file and what was expected."""
+    "A checkpoint is missing, damaged, or of another model; says which file and why."
 
 
 def _sync(path):  # make the disk hold what was written
@@ -39,8 +38,7 @@ def write_atomic(
     path,  # where it goes
     data: bytes,
 ):
-    """Write a file so that a reader sees the old one or the new one, never a part:
-    temporary file, fsync, rename."""
+    "Write a file so that a reader sees the old one or the new one, never a part."
     path = Path(path)
     tmp = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     with open(tmp, "wb") as f:
@@ -56,8 +54,7 @@ def write_json(path, value):
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-# CheckpointError if it is missing or does not hold a JSON object
-def read_json(path) -> dict:
+def read_json(path) -> dict:  # CheckpointError if it is missing or no JSON object
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -94,24 +91,22 @@ def write_checkpoint(
     tensors: dict,  # file stem -> state dict of tensors, each written as safetensors
     state: dict,  # everything else: tensors, numbers, strings, lists and dicts of them
     keep: int = 2,  # how many checkpoints stay
-    # the new checkpoint; CheckpointError if it could not be written, and then the old
-    # ones are as they were
-) -> Path:
-    """Write a checkpoint into a temporary folder, then rename it: it is there whole or
-    not at all."""
+) -> Path:  # the new one; CheckpointError if it cannot be written (the old ones stay)
+    "Write a checkpoint, by renaming a folder: it is there whole or not at all."
     import io
     from safetensors.torch import save
 
     folder = Path(run, "checkpoints")
-    tmp, path = folder / f".tmp-{os.getpid()}", folder / f"step-{step:09d}"
+    tmp = folder / f".tmp-{os.getpid()}"
+    path = folder / f"step-{step:09d}"
     if path.exists() and not damage(path):
         return path  # saved already: a checkpoint of a step never changes
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    files = {
-        f"{k}.safetensors": save({n: t.detach().contiguous() for n, t in v.items()})
-        for k, v in tensors.items()
-    }
+    files = {}
+    for stem, weights in tensors.items():
+        weights = {n: t.detach().contiguous() for n, t in weights.items()}
+        files[f"{stem}.safetensors"] = save(weights)
     files["state.pt"] = buffer.getvalue()
     manifest = {
         n: dict(bytes=len(b), sha256=hashlib.sha256(b).hexdigest())
@@ -178,13 +173,11 @@ def read_tensors(path, stem: str) -> dict:
 
 
 def read_state(path) -> dict:
-    """Optimizer, schedule and random state from a checkpoint; nothing but tensors and
-    plain values is ever unpickled."""
+    "Optimizer, schedule and random state; only tensors and plain values are unpickled."
     import io
 
-    return torch.load(
-        io.BytesIO(verified(path, "state.pt")), map_location="cpu", weights_only=True
-    )
+    data = io.BytesIO(verified(path, "state.pt"))
+    return torch.load(data, map_location="cpu", weights_only=True)
 
 # %% ../nbs/93_checkpoint.ipynb #07fcc38b
 def damage(
@@ -215,9 +208,9 @@ def newest_whole(
     run,  # run folder
     names=None,  # the files that matter; None: all of them
 ) -> Path:  # CheckpointError if there is none, or if all are damaged
-    """The checkpoint to go on from: the newest that is not damaged, with a warning if
-    that is not the newest."""
-    last, wrong = newest(run), {p: damage(p, names) for p in checkpoints(run)}
+    "The newest checkpoint that is not damaged, with a warning if that is not the last."
+    last = newest(run)
+    wrong = {p: damage(p, names) for p in checkpoints(run)}
     whole = [p for p in wrong if wrong[p] is None]
     if not whole:
         raise CheckpointError(wrong[last])
@@ -233,14 +226,13 @@ def fit_weights(
     have: dict,  # name -> tensor
     source,  # where they come from, for the message
 ):
-    """Load weights that must fit exactly; CheckpointError says what does not, and
-    leaves the module alone."""
+    "Load weights that must fit exactly; else CheckpointError, and the module stays."
     want = module.state_dict()
-    odd = [
-        k
-        for k in [*want, *have]
-        if k not in have or k not in want or have[k].shape != want[k].shape
-    ]
+
+    def fits(k):
+        return k in have and k in want and have[k].shape == want[k].shape
+
+    odd = [k for k in [*want, *have] if not fits(k)]
     if odd:
         k = odd[0]
         shapes = [tuple(d[k].shape) if k in d else "nothing" for d in (have, want)]
@@ -264,8 +256,7 @@ def check_writable(
     run,  # run folder, made if missing
     need: int = 0,  # bytes that a checkpoint takes
 ):
-    """Say before training starts that the run folder cannot be written or is too small;
-    OSError names it."""
+    "Before training: OSError if the run folder cannot be written or is too small."
     folder = Path(run, "checkpoints")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -287,8 +278,7 @@ def check_writable(
 # %% ../nbs/93_checkpoint.ipynb #666813da
 @contextlib.contextmanager
 def stop_on_signal():
-    """Turn Ctrl-C and SIGTERM into a flag that is read between two steps; a second
-    Ctrl-C interrupts at once."""
+    "Ctrl-C and SIGTERM set a flag, read between two steps; a second one interrupts."
     asked = threading.Event()
 
     def handler(number, frame):

@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import functools
 import importlib
+import math
 import os
 import pkgutil
 import sys
@@ -24,7 +25,9 @@ from .checkpoint import CheckpointError, read_json, write_json
 from .core import choose
 
 KINDS = dict(
-    code="code to complete", predict="something to predict", reason="a question"
+    code="code to complete",
+    predict="something to predict",
+    reason="a question",
 )
 FOUND: dict = {}  # key -> Exercise, filled by importing ddpm_course.answers.lesson_*
 
@@ -58,11 +61,10 @@ def exercise(
     choose(kind, KINDS, "kind of exercise")
 
     def register(grade):
-        homes = {
-            g.__module__ for g in (grade, FOUND[key].grade if key in FOUND else grade)
-        }
+        # in a notebook it may come again
+        earlier = FOUND[key].grade if key in FOUND else grade
+        homes = {g.__module__ for g in (grade, earlier)}
         if len({h for h in homes if ".answers." in h}) > 1:
-            # in a notebook it may come again
             raise ValueError(f"there are two exercises {key}")
         FOUND[key] = Exercise(
             key, title, kind, grade, solution, blank, mistakes, why, returns
@@ -81,14 +83,12 @@ def number(
     otherwise: str,  # said about any other number
     why: str = "",
     kind: str = "predict",
-    # how far from `right`, or from a value of `hints`, is still meant
-    tol: float = 1e-3,
+    tol: float = 1e-3,  # as far from `right`, or from a key of `hints`, is still meant
 ):
     "An exercise whose answer is a number."
+    mistakes = [*hints.items(), (right + 1e6, otherwise)]
 
-    @exercise(
-        key, title, kind, right, blank, [*hints.items(), (right + 1e6, otherwise)], why
-    )
+    @exercise(key, title, kind, right, blank, mistakes, why)
     def grade(answer):
         try:
             a = float(answer)
@@ -96,14 +96,9 @@ def number(
             return f"The answer is a number, not {answer!r}."
         if abs(a - right) <= tol:
             return None
-        return next(
-            (
-                h
-                for v, h in sorted(hints.items(), key=lambda p: abs(a - p[0]))
-                if abs(a - v) <= tol
-            ),
-            otherwise,
-        )
+        near = [(abs(a - value), hint) for value, hint in hints.items()]
+        distance, hint = min(near, key=lambda n: n[0], default=(math.inf, ""))
+        return hint if distance <= tol else otherwise
 
 
 def choice(
@@ -111,24 +106,15 @@ def choice(
     title: str,
     right,
     blank: str,
-    # wrong answer -> what is wrong with it; answers are words, tuples, or frozensets of
-    # letters
-    hints: dict,
+    hints: dict,  # wrong answer (word, tuple, frozenset) -> what is wrong with it
     otherwise: str,
     why: str = "",
     kind: str = "reason",  # as above
 ):
     "An exercise whose answer is one of a few: a word, a tuple, a set of letters."
+    mistakes = [*hints.items(), ("none of these", otherwise)]
 
-    @exercise(
-        key,
-        title,
-        kind,
-        right,
-        blank,
-        [*hints.items(), ("none of these", otherwise)],
-        why,
-    )
+    @exercise(key, title, kind, right, blank, mistakes, why)
     def grade(answer):
         if isinstance(answer, str):
             answer = answer.strip().lower()
@@ -146,52 +132,36 @@ def several(
     key: str,
     title: str,
     blank: str,
-    # question -> (right answer, hint for all wrong ones, or wrong answer -> hint with
-    # None for the others)
-    rows: dict,
+    rows: dict,  # question -> (right, hint), or (right, {wrong: hint, None: others})
     why: str = "",
     kind: str = "reason",
     tol: float = 0.011,
 ):
-    """An exercise of short questions, answered by a dictionary; every wrong line gets
-    its own hint."""
+    "Short questions, answered by a dictionary; every wrong line gets its own hint."
     rows = {
         q: (right, hints if isinstance(hints, dict) else {None: hints})
         for q, (right, hints) in rows.items()
     }
 
     def same(a, b):
-        return (
-            a == b
-            if isinstance(b, (str, bool)) or isinstance(a, (str, bool))
-            else abs(float(a) - b) <= tol
-        )
+        if isinstance(a, (str, bool)) or isinstance(b, (str, bool)):
+            return a == b
+        return abs(float(a) - b) <= tol
+
+    def slip(right, wrong):  # a wrong answer; None stands for any other
+        if wrong is not None:
+            return wrong
+        return not right if isinstance(right, bool) else "none of these"
 
     right = {q: r for q, (r, _) in rows.items()}
-    slips = [
-        (
-            right | {
-                q: (
-                    not r
-                    if w is None and isinstance(r, bool)
-                    else "none of these" if w is None else w
-                )
-            },
-            h,
-        )
+    mistakes = [
+        (right | {q: slip(r, wrong)}, hint)
         for q, (r, hints) in rows.items()
-        for w, h in hints.items()
+        for wrong, hint in hints.items()
     ]
+    mistakes += [(dict.fromkeys(rows), "no answer yet"), ([1, 2], "dictionary")]
 
-    @exercise(
-        key,
-        title,
-        kind,
-        right,
-        blank,
-        [*slips, (dict.fromkeys(rows), "no answer yet"), ([1, 2], "dictionary")],
-        why,
-    )
+    @exercise(key, title, kind, right, blank, mistakes, why)
     def grade(answer):
         if not isinstance(answer, dict):
             return f"The answer is a dictionary with {len(rows)} lines, not {answer!r}."
@@ -201,13 +171,9 @@ def several(
             if a is None:
                 said.append(f"{q}: no answer yet")
             elif not same(a, r):
-                said.append(
-                    f"{q}: "
-                    + next(
-                        (h for w, h in hints.items() if w is not None and same(a, w)),
-                        hints.get(None, "not yet"),
-                    )
-                )
+                known = [h for w, h in hints.items() if w is not None and same(a, w)]
+                hint = known[0] if known else hints.get(None, "not yet")
+                said.append(f"{q}: {hint}")
         return "\n".join(said) or None
 
 # %% ../nbs/88_exercises.ipynb #9138b426
@@ -240,24 +206,17 @@ def _filled(f):  # the learner's function; nothing returned is nothing written
     return call
 
 
-# what to say about an error: the learner's line, if it came from one
 def _raised(error):
-    home = (
-        str(Path(sys.modules["ddpm_course"].__file__).parent),
-        sys.prefix,
-        sys.base_prefix,
-    )
-    own = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if not f.filename.startswith(home)
-    ]
-    where = (
-        f"Line {own[-1].lineno} of your code"
-        + (f", {own[-1].line}," if own[-1].line else "")
-        if own
-        else "Using what you gave"
-    )
+    "What to say about an error: the learner's line, if it came from one."
+    package = str(Path(sys.modules["ddpm_course"].__file__).parent)
+    not_theirs = (package, sys.prefix, sys.base_prefix)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith(not_theirs)]
+    where = "Using what you gave"
+    if own:
+        where = f"Line {own[-1].lineno} of your code"
+        if own[-1].line:
+            where += f", {own[-1].line},"
     return f"{where} raised {type(error).__name__}: {error}"
 
 
@@ -268,33 +227,27 @@ def graded(
     "What to say about an answer; remembers nothing."
     if answer is None:
         return Verdict(False, e.blank)
-    plain = (
-        e.kind == "code"
-        and e.returns
-        and callable(answer)
-        and not isinstance(answer, type)
-    )
+    plain = callable(answer) and not isinstance(answer, type)
+    if plain and e.kind == "code" and e.returns:
+        answer = _filled(answer)
     with torch.random.fork_rng(devices=[]):
         # the same answer is always told the same
         torch.default_generator.manual_seed(0)
         try:
-            hint = e.grade(_filled(answer) if plain else answer)
+            hint = e.grade(answer)
         except _Blank:
             hint = e.blank
         except Exception as error:
             hint = _raised(error)
-    return (
-        Verdict(True, f"Right. {e.why}".strip())
-        if hint is None
-        else Verdict(False, hint)
-    )
+    if hint is None:
+        return Verdict(True, f"Right. {e.why}".strip())
+    return Verdict(False, hint)
 
 
 def three_ways(
     e: Exercise,
 ):  # AssertionError that names the exercise and what was said
-    """The solution passes, a blank is told how to begin, each listed mistake gets its
-    own hint."""
+    "The solution passes, a blank is told how to begin, each mistake gets its own hint."
     said = graded(e, e.solution)
     assert said.right, f"{e.key}: the solution is told: {said}"
     assert graded(e, None).text == e.blank and not graded(e, None).right, e.key
@@ -303,23 +256,15 @@ def three_ways(
     assert e.mistakes, f"{e.key}: no typical mistake is listed"
     for answer, words in e.mistakes:
         said = graded(e, answer)
-        assert (
-            not said.right and words.lower() in said.text.lower()
-        ), f"{e.key}: {answer!r} should be told {words!r}, is told: {said}"
+        told = not said.right and words.lower() in said.text.lower()
+        assert told, f"{e.key}: {answer!r} should be told {words!r}, is told: {said}"
 
 # %% ../nbs/88_exercises.ipynb #bcbb458e
-# $DDPM_COURSE_PROGRESS, else $XDG_DATA_HOME/ddpm_course/progress.json, else
-# ~/.local/share/...
-def progress_file() -> Path:
+def progress_file() -> Path:  # $DDPM_COURSE_PROGRESS, else in the user's data folder
     "Where right answers are noted down."
-    return Path(
-        os.environ.get("DDPM_COURSE_PROGRESS")
-        or Path(
-            os.environ.get("XDG_DATA_HOME") or "~/.local/share",
-            "ddpm_course",
-            "progress.json",
-        )
-    ).expanduser()
+    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    usual = Path(data, "ddpm_course", "progress.json")
+    return Path(os.environ.get("DDPM_COURSE_PROGRESS") or usual).expanduser()
 
 
 def done() -> dict:  # key -> day of the first right answer
@@ -331,7 +276,8 @@ def done() -> dict:  # key -> day of the first right answer
 
 
 def _note(key):
-    file, noted = progress_file(), done()
+    file = progress_file()
+    noted = done()
     if key in noted:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -373,9 +319,8 @@ def check(
         try:
             _note(key)
         except OSError as e:
-            said.text += (
-                f" (Could not be noted down in {progress_file()}: {e.strerror}.)"
-            )
+            file = progress_file()
+            said.text += f" (Could not be noted down in {file}: {e.strerror}.)"
     return said
 
 # %% ../nbs/88_exercises.ipynb #2a1a27e7
@@ -383,48 +328,33 @@ class Progress:
     "What has been done, lesson by lesson."
 
     def __init__(self):
-        # rows: file of the lesson, done, all, the next exercise or None
-        noted, lessons, self.rows = done(), {}, []
-        for key, e in all_exercises().items():
-            lessons.setdefault(key.split(".")[0], []).append((e, key in noted))
+        self.rows = []  # file of the lesson, done, all, the next exercise or None
+        noted = done()
+        lessons = {}
+        for e in all_exercises().values():
+            lessons.setdefault(e.key.split(".")[0], []).append(e)
         for lesson, found in lessons.items():
             name = sys.modules[f"ddpm_course.answers.lesson_{lesson}"].LESSON
-            self.rows.append(
-                (
-                    name,
-                    sum(right for _, right in found),
-                    len(found),
-                    next((e for e, right in found if not right), None),
-                )
-            )
-        self.total = (
-            f"{sum(r[1] for r in self.rows)} of {sum(r[2] for r in self.rows)}"
-            " exercises done"
-        )
+            to_do = [e for e in found if e.key not in noted]
+            right = len(found) - len(to_do)
+            self.rows.append((name, right, len(found), to_do[0] if to_do else None))
+        right = sum(row[1] for row in self.rows)
+        self.total = f"{right} of {sum(row[2] for row in self.rows)} exercises done"
 
     def __repr__(self):
-        lines = [
-            f"{name:<20} {'#' * n + '.' * (of - n):<6} {n} of {of}"
-            + (f"   next: {e.key} {e.title}" if e else "")
-            for name, n, of, e in self.rows
-        ]
+        lines = []
+        for name, n, of, e in self.rows:
+            line = f"{name:<20} {'#' * n + '.' * (of - n):<6} {n} of {of}"
+            lines.append(f"{line}   next: {e.key} {e.title}" if e else line)
         return "\n".join([*lines, self.total])
 
     def _repr_markdown_(self):
-        lines = [
-            f"| [{name}]({name}.ipynb) | {n} of {of} |"
-            f" {f'{e.key} {e.title}' if e else ''} |"
-            for name, n, of, e in self.rows
-        ]
-        return "\n".join(
-            [
-                "| lesson | done | next |",
-                "|---|---|---|",
-                *lines,
-                "",
-                f"{self.total}, noted down on this machine only.",
-            ]
-        )
+        lines = ["| lesson | done | next |", "|---|---|---|"]
+        for name, n, of, e in self.rows:
+            to_do = f"{e.key} {e.title}" if e else ""
+            lines.append(f"| [{name}]({name}.ipynb) | {n} of {of} | {to_do} |")
+        lines += ["", f"{self.total}, noted down on this machine only."]
+        return "\n".join(lines)
 
 
 def progress() -> Progress:

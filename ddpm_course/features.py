@@ -44,15 +44,15 @@ def check_tensor(
 def check_range(
     images: Tensor,  # (N,C,H,W)
     noisy: bool = False,  # may they hold noise?
-    # a warning where floats are never negative, or (unless noisy) more than one in
-    # twenty lies beyond 1.5; TypeError as check_tensor
-):
+):  # a warning where they do not; TypeError as check_tensor
     "Do these floats look like images in [-1, 1]?"
     check_tensor(images)
     if images.ndim != 4 or not images.is_floating_point() or not images.numel():
         return
     low, high = images.min(), images.max()
-    if low >= 0 < high or not noisy and (images.abs() > 1.5).float().mean() > 0.05:
+    never_negative = low >= 0 < high
+    far_out = not noisy and (images.abs() > 1.5).float().mean() > 0.05
+    if never_negative or far_out:
         warnings.warn(
             f"images as floats go from -1 to 1, and these from {low:.3g} to {high:.3g}:"
             " pass uint8 pixels, or scale them (2 * x - 1 for floats from 0 to 1)",
@@ -84,9 +84,9 @@ def check_fit(
     if made_for is None or got == tuple(made_for):
         return
     if got[:1] != tuple(made_for)[:1]:
+        C = made_for[0]
         raise ValueError(
-            f"the features were made for {made_for[0]}"
-            f" channel{'s' * (made_for[0] > 1)}, the images have"
+            f"the features were made for {C} channel{'s' * (C > 1)}, the images have"
             f" {got[0] if got else 0}: load both with the same channels= of get_dls, or"
             " take features made for these images"
         )
@@ -111,9 +111,7 @@ def check_sizes(
 
 def checked(
     f: Tensor,  # (N,D)
-    # (N,D) float64 on the CPU; ValueError for another shape, no vectors, NaN or
-    # infinity
-) -> Tensor:
+) -> Tensor:  # (N,D) float64 on the CPU; ValueError for no vectors, NaN or infinity
     "A set of feature vectors, ready to be compared."
     if f.ndim != 2:
         raise ValueError(
@@ -127,43 +125,31 @@ def checked(
 # %% ../nbs/89_features.ipynb #ced0f3ba
 @torch.no_grad()
 def extract(
-    # batch -> (N,D): a function, or a module; its method `features` is used if it has
-    # one
-    features,
+    features,  # batch -> (N,D): a function, or a module, perhaps with `features`
     images: Tensor,  # (N,C,H,W) uint8, or floats in [-1, 1], of any precision
     batch_size: int = 500,
     device=None,  # where the batches go; None: where the module's weights are
-    # (N,D) float64 on the CPU; ValueError if images and features do not fit, a warning
-    # for floats of another range
-) -> Tensor:
+) -> Tensor:  # (N,D) float64 on the CPU; ValueError if images and features do not fit
     "Run images through a feature net, in evaluation mode."
-    net = (
-        features
-        if isinstance(features, nn.Module)
-        else getattr(features, "__self__", None)
-    )
+    net = features
+    if not isinstance(net, nn.Module):
+        net = getattr(features, "__self__", None)  # whose method it is
     check_range(images)
     check_fit(getattr(net, "shape", None), images)
     check_count(batch_size, "batch_size")
-    call, is_net = getattr(features, "features", features), isinstance(net, nn.Module)
+    call = getattr(features, "features", features)
+    is_net = isinstance(net, nn.Module)
     weight = next(net.parameters(), None) if is_net else None
-    dtype, device = (
-        (torch.float32, device or images.device)
-        if weight is None
-        else (weight.dtype, device or weight.device)
-    )
+    like = images if weight is None else weight  # where the batches go
+    dtype = torch.float32 if weight is None else weight.dtype
+    device = device or like.device
     was_training = is_net and net.training
     if was_training:
         net.eval()
     try:
-        return checked(
-            torch.cat(
-                [
-                    call(as_float(x, dtype).to(device)).cpu()
-                    for x in images.split(batch_size)
-                ]
-            )
-        )
+        batches = images.split(batch_size)
+        vectors = [call(as_float(x, dtype).to(device)).cpu() for x in batches]
+        return checked(torch.cat(vectors))
     finally:
         if was_training:
             net.train()
@@ -173,9 +159,7 @@ def feature_sets(
     a: Tensor,  # generated: images, or features (N,D)
     b: Tensor,  # real: images, or features (M,D)
     features=None,  # see `extract`; not needed where both are features already
-    # (N,D), (M,D) float64 on the CPU; ValueError or TypeError if they cannot be
-    # compared
-):
+):  # (N,D), (M,D) float64 on the CPU; ValueError, TypeError: not to be compared
     "Two sets that can be compared; anything two-dimensional is taken for features."
     for x in (a, b):
         check_tensor(x)
@@ -198,7 +182,8 @@ def distances(
     b: Tensor,  # (M,D)
 ) -> Tensor:  # (N,M); what is below rounding is 0
     "All distances of two sets, by one matrix product."
-    a, b = a - b.mean(0), b - b.mean(0)  # smaller numbers round less
+    middle = b.mean(0)
+    a, b = a - middle, b - middle  # smaller numbers round less
     scale = a.pow(2).sum(1)[:, None] + b.pow(2).sum(1)
     sq = scale - 2 * a @ b.T
     return torch.where(sq > 1e-12 * scale, sq, 0).sqrt()
@@ -213,8 +198,7 @@ def pixel_features(
 
 
 class RandomFeatures(nn.Module):
-    """A convolutional net with random weights that are never trained: a real, if weak,
-    judge of textures and shapes."""
+    "A convolutional net that is never trained: a real, if weak, judge of textures."
 
     def __init__(
         self,
@@ -242,30 +226,26 @@ class RandomFeatures(nn.Module):
 
 # %% ../nbs/89_features.ipynb #2b2cdd76
 class Inception(nn.Module):
-    """The 2048 pooled features of torchvision's Inception v3, for grey or colour images
-    of any size."""
+    "The 2048 pooled features of torchvision's Inception v3, for images of any size."
 
     def __init__(self, net):  # torchvision's inception_v3
         super().__init__()
-        # its weights expect [-1, 1]: nothing to rescale
-        net.transform_input, net.fc = False, nn.Identity()
+        net.transform_input = False  # its weights expect [-1, 1]: nothing to rescale
+        net.fc = nn.Identity()
         self.net = net.eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:  # (N,1 or 3,H,W) in [-1, 1] -> (N,2048)
         if x.shape[1] not in (1, 3):
             raise ValueError(f"Inception reads 1 or 3 channels, not {x.shape[1]}")
-        return self.net(
-            F.interpolate(
-                x.expand(-1, 3, -1, -1), (299, 299), mode="bilinear", antialias=True
-            )
-        )
+        x = x.expand(-1, 3, -1, -1)
+        x = F.interpolate(x, (299, 299), mode="bilinear", antialias=True)
+        return self.net(x)
 
 
 def inception_features(
     device=None,
 ) -> Inception:  # OSError where the weights are neither cached nor to be had
-    """Inception with its ImageNet weights (100 MB, fetched once). Not bit-equal to the
-    TensorFlow net of published FIDs."""
+    "Inception with ImageNet weights (100 MB), which is not the net of published FIDs."
     from torchvision.models import inception_v3
 
     try:

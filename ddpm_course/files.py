@@ -34,11 +34,8 @@ def over_white(
 
     mode = "L" if im.mode in ("1", "L", "LA", "La") else "RGB"
     im = im.convert("RGBA")
-    return (
-        Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-        .convert("RGB")
-        .convert(mode)
-    )
+    paper = Image.new("RGBA", im.size, "white")
+    return Image.alpha_composite(paper, im).convert("RGB").convert(mode)
 
 
 def is_grey(
@@ -48,30 +45,25 @@ def is_grey(
     from PIL import ImageChops
 
     r, g, b = im.split()
-    return not (
-        ImageChops.difference(r, g).getbbox() or ImageChops.difference(g, b).getbbox()
-    )
+    differences = [ImageChops.difference(r, g), ImageChops.difference(g, b)]
+    return not any(d.getbbox() for d in differences)
 
 # %% ../nbs/96_files.ipynb #19f695f5
 def plain_mode(
     im,  # a PIL image of any mode
 ):  # the same picture in mode 'L' (grey) or 'RGB'
-    """Scale 16-bit grey and floats (taken as 0..1) to 0..255, look up palettes, lay
-    transparency on white."""
+    "Scale 16-bit grey and floats (0..1), look up palettes, lay transparency on white."
     if im.mode.startswith("I"):
-        im = (
-            im.convert("I")
-            .convert("F")
-            .point(lambda v: v * (1 / 257) + 0.5)
-            .convert("L")
-        )
+        grey = im.convert("I").convert("F")
+        im = grey.point(lambda v: v * (1 / 257) + 0.5).convert("L")
     elif im.mode == "F":
         im = im.point(lambda v: v * 255 + 0.5).convert("L")
     if im.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in im.info:
         im = over_white(im)
     if im.mode in ("1", "L"):
         return im.convert("L")
-    palette, im = im.mode in ("P", "PA"), im.convert("RGB")
+    palette = im.mode in ("P", "PA")
+    im = im.convert("RGB")
     return im.convert("L") if palette and is_grey(im) else im
 
 
@@ -79,8 +71,7 @@ def read_image(
     path,  # a file's path, or an open binary file
     channels: int | None = None,  # 1 or 3; None: 1 for grey images, 3 for colour
 ) -> Tensor:  # (C,H,W) uint8
-    """Decode an image, turned as its EXIF orientation says. Raises PIL's error if the
-    file is broken."""
+    "Decode an image, turned as its EXIF orientation says; PIL's error if it is broken."
     from PIL import Image, ImageOps
 
     with Image.open(path) as im:
@@ -92,16 +83,7 @@ def read_image(
 
 # %% ../nbs/96_files.ipynb #a71ed670
 ENDINGS = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"
 )
 
 
@@ -121,9 +103,8 @@ def list_images(
     found = []
     for at, dirs, files in os.walk(folder):
         dirs[:] = [d for d in dirs if deep and not _hidden(d)]
-        found += [
-            Path(at, f) for f in files if f.lower().endswith(ENDINGS) and not _hidden(f)
-        ]
+        files = [f for f in files if f.lower().endswith(ENDINGS) and not _hidden(f)]
+        found += [Path(at, f) for f in files]
     return sorted(found)
 
 
@@ -143,9 +124,8 @@ def label_by_folder(
     classes=None,  # names and their order; None takes the subfolders, sorted
 ):  # paths, labels (N,) int64 (zeros if there are no subfolders), classes ([] then)
     "One class per subfolder; a folder without subfolders has no labels."
-    found = {s.name: find_images(s) for s in subfolders(folder)} or {
-        "": find_images(folder)
-    }
+    found = {s.name: find_images(s) for s in subfolders(folder)}
+    found = found or {"": find_images(folder)}
     names = [n for n in found if n]
     classes = names if classes is None else classes
     if wrong := {*names} - {*classes}:
@@ -177,10 +157,8 @@ SPLITS = dict(
 
 def split_folders(
     folder,  # a path; FileNotFoundError or NotADirectoryError if it is none
-    # {'train': path, ...} of the splits that exist; {'all': folder} if it is not split
-) -> dict:
-    """Find train/, valid/ and test/. A folder where other subfolders stand beside them
-    has classes, not splits."""
+) -> dict:  # split -> path, of those that exist; {'all': folder} if it is not split
+    "Find train/, valid/ and test/; with other subfolders beside them they are classes."
     folder = Path(folder).expanduser()
     if not folder.exists():
         raise FileNotFoundError(
@@ -204,9 +182,7 @@ def decode(
     path: Path,
     fit,  # (1,C,h,w) -> (1,C,H,W), both uint8
     channels: int | None = None,
-    # ((C,H,W) uint8, hash of the file), or a string that says what is wrong with the
-    # file
-):
+):  # ((C,H,W) uint8, hash of the file), or a string: what is wrong with the file
     "Read one image file and fit it to the frame."
     try:
         data = path.read_bytes()
@@ -220,23 +196,14 @@ def decode_all(
     fit,
     channels: int | None = None,
 ) -> list:  # what `decode` gives for each path
-    """Decode files in a pool of threads, with a progress bar if it takes more than a
-    second."""
+    "Decode files in a pool of threads, with a progress bar after the first second."
     from concurrent.futures import ThreadPoolExecutor
     from tqdm.auto import tqdm
 
+    bar = dict(leave=False, delay=1, mininterval=0.5)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         jobs = pool.map(lambda p: decode(p, fit, channels), paths)
-        return list(
-            tqdm(
-                jobs,
-                "reading images",
-                len(paths),
-                leave=False,
-                delay=1,
-                mininterval=0.5,
-            )
-        )
+        return list(tqdm(jobs, "reading images", len(paths), **bar))
 
 # %% ../nbs/96_files.ipynb #75df4891
 def report_bad(
@@ -246,9 +213,9 @@ def report_bad(
 ):
     "Say which files cannot be read, never silently."
     act = choose(on_bad, dict(warn=warnings.warn, error=None), "on_bad")
-    names = [f"{p} ({why})" for p, why in list(bad.items())[:5]] + [
-        f"{len(bad) - 5} more"
-    ] * (len(bad) > 5)
+    names = [f"{p} ({why})" for p, why in list(bad.items())[:5]]
+    if len(bad) > 5:
+        names.append(f"{len(bad) - 5} more")
     text = f"{len(bad)} of {total} images that cannot be read: {', '.join(names)}"
     if bad and on_bad == "error":
         raise ValueError(f"stopped at {text}; on_bad='warn' skips them")
@@ -268,19 +235,15 @@ class Part:
 
     def take(self, i):
         "The images with the numbers in the list `i`."
-        return Part(
-            self.images[i],
-            self.labels[i],
-            *([col[k] for k in i] for col in (self.names, self.keys, self.pixels)),
-        )
+        lists = [[col[k] for k in i] for col in (self.names, self.keys, self.pixels)]
+        return Part(self.images[i], self.labels[i], *lists)
 
     def limit(self, most):
         "At most so many images (None: all), picked by their hashes."
         if most is None or most >= len(self.names):
             return self
-        return self.take(
-            sorted(sorted(range(len(self.names)), key=self.keys.__getitem__)[:most])
-        )
+        by_hash = sorted(range(len(self.names)), key=self.keys.__getitem__)
+        return self.take(sorted(by_hash[:most]))
 
 
 def pixel_keys(
@@ -321,16 +284,9 @@ def read_part(
         )
     C = max(len(done[i][0]) for i in good)
     images = torch.stack([done[i][0].expand(C, -1, -1) for i in good])
-    return (
-        Part(
-            images,
-            labels[good],
-            [str(paths[i]) for i in good],
-            [done[i][1] for i in good],
-            pixel_keys(images),
-        ),
-        bad,
-    )
+    names = [str(paths[i]) for i in good]
+    keys = [done[i][1] for i in good]
+    return Part(images, labels[good], names, keys, pixel_keys(images)), bad
 
 # %% ../nbs/96_files.ipynb #c06c773e
 def folder_parts(
@@ -341,14 +297,12 @@ def folder_parts(
 ):  # {'all': Part} or {'train': Part, ...}, classes, {path: why it was left out}
     "Read a folder of images in any of the usual layouts."
     parts, classes, dropped = {}, None, {}
-    for split, path in sorted(
-        split_folders(folder).items(), key=lambda kv: kv[0] != "train"
-    ):
+    splits = split_folders(folder).items()
+    for split, path in sorted(splits, key=lambda kv: kv[0] != "train"):
         paths, labels, classes = label_by_folder(path, classes)
-        parts[split], bad = read_part(paths, labels, fit, channels, on_bad)
-        gone = [
-            c for k, c in enumerate(classes) if not (parts[split].labels == k).any()
-        ]
+        part, bad = read_part(paths, labels, fit, channels, on_bad)
+        parts[split] = part
+        gone = [c for k, c in enumerate(classes) if not (part.labels == k).any()]
         if gone and split in ("train", "all"):
             raise ValueError(f"no readable image in class {', '.join(gone)} of {path}")
         dropped |= bad
@@ -361,17 +315,13 @@ def folder_parts(
 def default_root(
     root=None,  # a folder, or None
 ) -> Path:
-    """Where data sets live: `root`, else $DDPM_COURSE_DATA, else the user's cache
-    folder."""
-    return Path(
-        root or os.environ.get("DDPM_COURSE_DATA") or cache_folder()
-    ).expanduser()
+    "Where data sets live: `root`, else $DDPM_COURSE_DATA, else the cache folder."
+    root = root or os.environ.get("DDPM_COURSE_DATA") or cache_folder()
+    return Path(root).expanduser()
 
 
 @contextmanager
-def patience(
-    seconds: float,
-):
+def patience(seconds: float):
     "Network calls inside the block give up after so many seconds of silence."
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
@@ -392,8 +342,7 @@ def torchvision_sets(
     name: str,  # 'mnist', 'fashion_mnist' or 'cifar10'
     root=None,  # where the files are or go
     download: bool = True,
-    # torchvision's train and test sets; FileNotFoundError if they are not to be had
-) -> list:
+) -> list:  # torchvision's train and test sets; FileNotFoundError if not to be had
     "Real data: from disk, else from the network."
     from torchvision import datasets
 
@@ -401,10 +350,8 @@ def torchvision_sets(
     root = default_root(root)
 
     def load(download):
-        return [
-            getattr(datasets, kind)(root, train=t, download=download)
-            for t in (True, False)
-        ]
+        make = getattr(datasets, kind)
+        return [make(root, train=t, download=download) for t in (True, False)]
 
     for fetch in [False, True][: 1 + download]:
         try:
@@ -427,17 +374,11 @@ def array_part(
     channels: int | None = None,
     name: str = "",  # images are called name/number
 ) -> Part:
-    """A split from images that are in memory; hashed as they are, before they are
-    resized."""
+    "A split from images that are in memory; hashed before they are resized."
     keys = pixel_keys(images)
     y = torch.as_tensor(labels).long()
-    return Part(
-        set_channels(fit(images), channels),
-        y,
-        [f"{name}/{i}" for i in range(len(y))],
-        keys,
-        keys,
-    )
+    names = [f"{name}/{i}" for i in range(len(y))]
+    return Part(set_channels(fit(images), channels), y, names, keys, keys)
 
 
 def digits_parts(
@@ -449,9 +390,8 @@ def digits_parts(
 
     d = load_digits()
     u8 = (torch.from_numpy(d.images) * (255 / 16)).round().to(torch.uint8)
-    return {"all": array_part(u8[:, None], d.target, fit, channels, "digits")}, [
-        str(c) for c in d.target_names
-    ]
+    part = array_part(u8[:, None], d.target, fit, channels, "digits")
+    return {"all": part}, [str(c) for c in d.target_names]
 
 
 def torchvision_parts(
@@ -484,9 +424,7 @@ def check_labels(
     labels,  # N whole numbers: tensor, array or list; None: no labels
     n: int,  # number of images
     num_classes: int | None = None,  # largest label + 1, if known
-    # (N,) int64, zeros if there were none; ValueError if their number, type or range is
-    # wrong
-) -> Tensor:
+) -> Tensor:  # (N,) int64, zeros for None; ValueError for another number, type, range
     "Labels as int64."
     y = torch.zeros(n, dtype=torch.int64) if labels is None else torch.as_tensor(labels)
     if y.shape != (n,):
@@ -508,23 +446,16 @@ def check_labels(
 NAMES = ("shapes", "digits", *TORCHVISION)
 
 
-def is_path(
-    name_or_path,
-) -> bool:
-    """A Path, a string with a slash or a leading ~ or ., or the name of an existing
-    file or folder."""
+def is_path(name_or_path) -> bool:
+    "A Path, a string with a slash or a leading ~ or ., or the name of what exists."
     if isinstance(name_or_path, os.PathLike):
         return True
     s = str(name_or_path)
     if s in NAMES:
         return False
-    return (
-        "/" in s
-        or os.sep in s
-        or s.startswith(("~", "."))
-        or bool(s)
-        and Path(s).exists()
-    )
+    if "/" in s or os.sep in s or s.startswith(("~", ".")):
+        return True
+    return bool(s) and Path(s).exists()
 
 
 def check_count(
@@ -541,12 +472,10 @@ def check_count(
 def check_options(
     name_or_path, img_size, batch_size, fit, on_bad, channels, flip, valid, sizes
 ):
-    """ValueError with one sentence for the first argument of `get_dls` that makes no
-    sense."""
+    "ValueError for the first argument of `get_dls` that makes no sense."
     if not is_path(name_or_path):
-        choose(
-            name_or_path, dict.fromkeys(NAMES), "data set (and no folder of that name)"
-        )
+        names = dict.fromkeys(NAMES)
+        choose(name_or_path, names, "data set (and no folder of that name)")
     as_size(img_size)
     check_count(batch_size, "batch_size")
     choose(fit, dict.fromkeys(("pad", "crop")), "fit")
@@ -589,15 +518,14 @@ def load_parts(
 
 # %% ../nbs/96_files.ipynb #b1689ff7
 def _troubles(picture) -> dict:
-    """Images that PIL opens and most people read wrongly: name -> (image, keywords for
-    saving)."""
+    "Images that are easily read wrongly: name -> (image, keywords for saving)."
     from PIL import Image
 
-    white = picture(9, 48).convert("L").point(lambda v: 255 * (v < 220))
-    logo = Image.composite(
-        picture(9, 48).convert("RGBA"), Image.new("RGBA", (48, 48)), white
-    )
-    scan = picture(9, 48).convert("L").convert("I").point(lambda v: v * 200)
+    star = picture(9, 48)
+    drawn = star.convert("L").point(lambda v: 255 * (v < 220))
+    clear = Image.new("RGBA", (48, 48))
+    logo = Image.composite(star.convert("RGBA"), clear, drawn)
+    scan = star.convert("L").convert("I").point(lambda v: v * 200)
     turn = Image.Exif()
     turn[0x0112] = 6  # EXIF orientation: show me turned to the right
     phone = picture(4, (96, 48)).rotate(90, expand=True)
@@ -613,14 +541,12 @@ def _troubles(picture) -> dict:
 def make_messy_folder(
     folder,  # is made; gets circle/, square/ and star/
 ) -> dict:  # {name: path} of the odd files
-    """A small labelled folder: broken, doubled, transparent, 16-bit, sideways, black
-    and wide images among good ones."""
+    "A small labelled folder with broken, doubled, transparent and sideways images."
     from PIL import Image
 
     def picture(i, size):
-        return Image.fromarray(
-            draw_shapes(torch.tensor([i]), size)[0][0].permute(1, 2, 0).numpy()
-        )
+        images, _, _ = draw_shapes(torch.tensor([i]), size)
+        return Image.fromarray(images[0].permute(1, 2, 0).numpy())
 
     folder = Path(folder)
     for kind in ("circle", "square", "star"):
@@ -631,8 +557,7 @@ def make_messy_folder(
     odd = {**_troubles(picture), "circle/cut.jpg": (picture(0, 48), {})}
     for name, (im, kw) in odd.items():
         im.save(folder / name, **kw)
-    (folder / "circle/cut.jpg").write_bytes(
-        (folder / "circle/cut.jpg").read_bytes()[:700]
-    )
+    cut = folder / "circle/cut.jpg"
+    cut.write_bytes(cut.read_bytes()[:700])
     (folder / "circle/copy.png").write_bytes((folder / "circle/000.png").read_bytes())
     return {Path(n).name: folder / n for n in [*odd, "circle/copy.png"]}

@@ -40,26 +40,18 @@ def write_pretrained(
     weights: dict,  # name -> tensor
     config: dict,  # JSON: what builds the model again
     folder=None,  # None: the package's own
-    # how it was made and what was measured: command, seed, device, seconds, metrics,
-    # ...
-    **facts,
+    **facts,  # how it was made and what was measured: command, seed, seconds, metrics
 ) -> dict:  # the entry of the manifest
     "Write weights as float16 safetensors and enter them in the manifest."
     from safetensors.torch import save
 
     folder = Path(folder or weights_folder())
     folder.mkdir(parents=True, exist_ok=True)
-    data = save(
-        {
-            k: (
-                v.detach()
-                .cpu()
-                .contiguous()
-                .to(torch.float16 if v.is_floating_point() else v.dtype)
-            )
-            for k, v in weights.items()
-        }
-    )
+    def half(v):
+        v = v.detach().cpu().contiguous()
+        return v.to(torch.float16) if v.is_floating_point() else v
+
+    data = save({k: half(v) for k, v in weights.items()})
     entry = dict(
         file=f"{name}.safetensors",
         bytes=len(data),
@@ -68,22 +60,16 @@ def write_pretrained(
         **facts,
     )
     write_atomic(folder / entry["file"], data)
-    write_json(
-        folder / "manifest.json",
-        dict(sorted((manifest(folder) | {name: entry}).items())),
-    )
+    entries = manifest(folder) | {name: entry}
+    write_json(folder / "manifest.json", dict(sorted(entries.items())))
     return entry
 
 # %% ../nbs/97_pretrained.ipynb #99b69338
 def read_pretrained(
     name: str,  # a name in the manifest
     folder=None,  # None: the package's own
-    # (entry, weights: name -> float32 tensor); ValueError for an unknown name (it lists
-    # those of its kind: models or classifiers), CheckpointError for a missing or
-    # changed file
-):
-    """Weights that ship with the package or are fetched by URL, checked against their
-    SHA-256."""
+):  # entry, weights: name -> float32; ValueError (unknown), CheckpointError (damaged)
+    "Weights that ship or are fetched by URL, checked against their SHA-256."
     from safetensors.torch import load
 
     folder = Path(folder or weights_folder())
@@ -92,16 +78,10 @@ def read_pretrained(
             f"{folder / 'manifest.json'} is missing, so there are no weights: reinstall"
             " ddpm_course"
         )
-    kind = "classifier" if str(name).startswith("classifier") else "pretrained model"
-    entry = choose(
-        name,
-        {
-            k: e
-            for k, e in shelf.items()
-            if k.startswith("classifier-") == (kind == "classifier")
-        },
-        kind,
-    )
+    judge = str(name).startswith("classifier")
+    # an error lists the names of the same kind
+    same = {k: e for k, e in shelf.items() if k.startswith("classifier-") == judge}
+    entry = choose(name, same, "classifier" if judge else "pretrained model")
     path = folder / entry["file"]
     if not path.exists() and "url" in entry:
         path = _fetched(entry)
@@ -117,9 +97,8 @@ def read_pretrained(
             f"{path} is not the file in the manifest: its SHA-256 is {sum_[:12]}...,"
             f" expected {entry['sha256'][:12]}..."
         )
-    return entry, {
-        k: v.float() if v.is_floating_point() else v for k, v in load(data).items()
-    }
+    weights = load(data).items()
+    return entry, {k: v.float() if v.is_floating_point() else v for k, v in weights}
 
 
 def _fetched(entry) -> Path:  # in the cache; torch.hub writes to a temporary file first
@@ -145,30 +124,21 @@ def kept(
     instead: str = "",  # a model that ships and is of the same kind
     folder=None,  # where weights are kept; None: in the course's cache folder
 ):  # diff, with trained weights; ValueError if it was not trained and no weights fit
-    """Keep what was trained for another day; where training was skipped, take what was
-    kept or ships."""
+    "Keep what was trained; where training was skipped, take what was kept or ships."
     shelf = Path(folder or cache_folder() / "kept" / tier())
     if diff.step:
         write_pretrained(name, diff.ema_model.state_dict(), diff.config, shelf)
         return diff
-    for place, title in (
-        (shelf, name),
-        (weights_folder() / "lessons", name),
-        (weights_folder(), instead),
-    ):
+    ships = weights_folder()
+    for place, title in ((shelf, name), (ships / "lessons", name), (ships, instead)):
         entry = manifest(place).get(title)
         if not entry or entry["config"] != json.loads(json.dumps(diff.config)):
             continue
         for model in (diff.model, diff.ema_model):
             fit_weights(model, read_pretrained(title, place)[1], title)
-        print(
-            f"training was skipped: these are the weights of {title!r}"
-            + (
-                ", from an earlier run"
-                if place == shelf
-                else ", which come with the package"
-            )
-        )
+        earlier = ", from an earlier run"
+        source = earlier if place == shelf else ", which come with the package"
+        print(f"training was skipped: these are the weights of {title!r}{source}")
         return diff
     raise ValueError(
         f"{name!r} was not trained, and no weights for it are kept here or come with"

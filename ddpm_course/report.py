@@ -26,64 +26,49 @@ def share_error(
     p: float,  # a share
     n: int,  # of how many
 ) -> float:
-    """Half of Wilson's interval at one standard error (Wilson 1927; Brown et al. 2001):
-    near sqrt(p (1 - p) / n), and not 0 where p is 0 or 1."""
+    "Half of Wilson's interval at one standard error (Wilson 1927; Brown et al. 2001)."
+    # near sqrt(p (1 - p) / n), and not 0 where p is 0 or 1
     return (n * p * (1 - p) + 1 / 4) ** 0.5 / (n + 1)
 
 
 def report(
     images: Tensor,  # (N,C,H,W) generated, uint8 or floats in [-1, 1]
     labels,  # (N,) the classes that were asked for, or None
-    # (M,C,H,W) real images, best a test split; or their features; at least 6 of each
-    reference: Tensor,
+    reference: Tensor,  # (M,C,H,W) real images, best a test split; or their features
     classifier=None,  # a judge for label accuracy, and for its features
     features=None,  # see `extract`; None: the classifier's, else RandomFeatures
     train=None,  # training images, and
     heldout=None,  # others from the same source, to look for copies
-    # of the choice of as many real images as generated ones, for precision and the like
-    seed: int = 0,
-    # the numbers of MEANING, their standard errors as NAME_error (of kid from 20 images
-    # of each on), n and n_reference
-) -> dict:
-    """All numbers together; for a floor, call it again with real images in the place of
-    the generated ones."""
+    seed: int = 0,  # of the choice of as many of each, for precision and the like
+) -> dict:  # the numbers of MEANING, their errors as NAME_error, n and n_reference
+    "All numbers together; for a floor, call it with real images in their place."
     if min(len(images), len(reference)) < 6:
         raise ValueError(
             "a report takes 6 images and 6 real ones or more (coverage looks at the"
             f" fifth neighbour), not {len(images)} and {len(reference)}"
         )
-    features = features or (
-        classifier.features
-        if classifier is not None
-        else RandomFeatures(images.shape[1:])
-    )
-    (a, b), out = feature_sets(images, reference, features), dict(
-        n=len(images), n_reference=len(reference)
-    )
+    if not features and classifier is not None:
+        features = classifier.features
+    features = features or RandomFeatures(images.shape[1:])
+    a, b = feature_sets(images, reference, features)
+    out = dict(n=len(images), n_reference=len(reference))
     if classifier is not None and labels is not None:
         p = label_accuracy(classifier, images, labels)
         out |= dict(label_accuracy=p, label_accuracy_error=share_error(p, len(images)))
-    n, g = min(len(a), len(b)), torch.Generator().manual_seed(seed)
+    n = min(len(a), len(b))
     # a part takes two images, and fewer than ten parts give no honest error
     d, error = kernel_distance(a, b, subsets=10 if n >= 20 else 1, seed=seed)
-    out |= dict(fid=frechet_distance(a, b), kid=d) | (
-        dict(kid_error=error) if n >= 20 else {}
-    )
+    out |= dict(fid=frechet_distance(a, b), kid=d)
+    if n >= 20:
+        out["kid_error"] = error
+    g = torch.Generator().manual_seed(seed)
     a, b = (f[torch.randperm(len(f), generator=g)[:n]] for f in (a, b))
     out |= precision_recall(a, b) | density_coverage(a, b)
     if train is not None and heldout is not None:
         m = memorisation(images, train, heldout)
-        out |= {
-            k: m[k]
-            for k in (
-                "closer",
-                "expected",
-                "copies",
-                "copies_heldout",
-                "copies_z",
-                "identical",
-            )
-        } | dict(closer_error=m["error"], closer_z=m["z"])
+        shares = "closer expected copies copies_heldout copies_z identical"
+        out |= {k: m[k] for k in shares.split()}
+        out |= dict(closer_error=m["error"], closer_z=m["z"])
     return out
 
 # %% ../nbs/87_report.ipynb #81b313c0
@@ -92,41 +77,35 @@ def real_draw(
     n: int,  # how many; fewer, where there are fewer
     seed: int = 0,
 ):  # the split, the indices (n,) of the drawn, the indices of the rest
-    """Real images, drawn at random: from the validation split, as a classifier has seen
-    the training images; from these only where valid has less than 50."""
+    "Real images, drawn at random from the validation split, if it has 50 of them."
+    # a classifier has seen the training images: from these only where there are too few
     split = dls.valid if len(dls.valid.labels) >= min(n, 50) else dls.train
-    order = torch.randperm(
-        len(split.labels), generator=torch.Generator().manual_seed(seed)
-    ).to(split.labels.device)
+    g = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(split.labels), generator=g).to(split.labels.device)
     return split, order[:n], order[n:]
 
 
 def real_report(
     dls,  # data.DataLoaders
-    # how many real images stand in the place of generated ones; fewer, where there are
-    # fewer
-    n: int,
+    n: int,  # how many stand in the place of generated ones; fewer, where there are
     classifier=None,
     features=None,
     seed: int = 0,
-    # as `report`; label accuracy over the whole test split, of label_accuracy_n images
-) -> dict:
+) -> dict:  # as `report`; label accuracy is of the test split, label_accuracy_n images
     "What real images get, those of `real_draw`."
     split, drawn, others = real_draw(dls, n, seed)
     fresh, rest = split.images[drawn], split.images[others]
-    train, heldout = (
-        (rest, dls.valid.images)
-        if split is dls.train
-        else (dls.train.images, rest if len(rest) >= n else dls.test.images)
-    )
+    if split is dls.train:
+        train, heldout = rest, dls.valid.images
+    else:
+        train, heldout = dls.train.images, rest if len(rest) >= n else dls.test.images
     sets = dict(train=train, heldout=heldout) if len(train) and len(heldout) else {}
     out = report(fresh, None, dls.test.images, classifier, features, seed=seed, **sets)
     if classifier is None:
         return out
     p, m = test_accuracy(classifier, dls), len(dls.test.labels)
-    return out | dict(
-        label_accuracy=p, label_accuracy_error=share_error(p, m), label_accuracy_n=m
-    )
+    out |= dict(label_accuracy=p, label_accuracy_error=share_error(p, m))
+    return out | dict(label_accuracy_n=m)
 
 # %% ../nbs/87_report.ipynb #05edd9fb
 MEANING = dict(
@@ -155,25 +134,28 @@ def report_table(
     def cell(r, k):
         if k not in r:
             return "-"
+        text = f"{r[k]:.3g}"
         error, n = r.get(k + "_error", 0), r.get(k + "_n", r.get("n"))
-        return (
-            f"{r[k]:.3g}"
-            + f" +- {error:.1g}" * (error > 0)
-            + f" (of {n})" * (n != r.get("n"))
-        )
+        if error > 0:
+            text += f" +- {error:.1g}"
+        if n != r.get("n"):
+            text += f" (of {n})"
+        return text
 
     names = [k for k in MEANING if any(k in r for r in rows.values())]
     counts = dict(
         n=("images", "how many"),
         n_reference=("reference", "how many real images they are compared with"),
     )
-    lines = [["", *rows, ""]] + [
-        [name, *(str(r.get(k, "-")) for r in rows.values()), text]
-        for k, (name, text) in counts.items()
-    ]
-    lines += [[k, *(cell(r, k) for r in rows.values()), MEANING[k]] for k in names]
+    lines = [["", *rows, ""]]
+    for k, (name, text) in counts.items():
+        lines.append([name, *(str(r.get(k, "-")) for r in rows.values()), text])
+    for k in names:
+        lines.append([k, *(cell(r, k) for r in rows.values()), MEANING[k]])
     widths = [max(len(l[i]) for l in lines) for i in range(len(rows) + 1)]
-    return "\n".join(
-        "  ".join([*(c.ljust(w) for c, w in zip(l, widths)), l[-1]]).rstrip()
-        for l in lines
-    )
+
+    def padded(line):
+        cells = [cell.ljust(w) for cell, w in zip(line, widths)]
+        return "  ".join([*cells, line[-1]]).rstrip()
+
+    return "\n".join(padded(l) for l in lines)

@@ -33,8 +33,7 @@ MARGIN = 0.02  # between an object and the edge of its room
 def mix(
     x: Tensor,  # int64, any shape
 ) -> Tensor:  # int64: all 64 bits depend on all bits of x
-    """The finaliser of SplitMix64 (Steele et al. 2014); int64 products wrap around, as
-    they must."""
+    "The finaliser of SplitMix64 (Steele et al. 2014); int64 products must wrap around."
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
     return x ^ (x >> 31 & (1 << 33) - 1)
@@ -57,21 +56,20 @@ def place(
     relation: Tensor,  # (B,) int64 into RELATIONS
     u,  # u(k) -> (B,) uniform random numbers
 ) -> Tensor:  # (B,2,2) centres (x, y) in [0, 1]; y grows downwards
-    """Centres: one object anywhere; two in opposite halves, so that exactly one
-    relation is true and nothing overlaps."""
+    "One object anywhere; two in opposite halves, so that exactly one relation is true."
+    room = MARGIN + r
     # 'right of' and 'below': the first object is in the second half
-    room, swap = MARGIN + r, (relation % 2 == 1)[:, None]
-    half = (
-        room
-        + torch.stack([u(0), u(1)], 1) * (0.5 - 2 * room)
-        + torch.cat([swap, ~swap], 1) * 0.5
-    )
-    across = 0.34 + 0.32 * u(2)[:, None] + 0.14 * (torch.stack([u(3), u(4)], 1) - 0.5)
+    swap = (relation % 2 == 1)[:, None]
+    second = torch.cat([swap, ~swap], 1)
+    half = room + torch.stack([u(0), u(1)], 1) * (0.5 - 2 * room) + second * 0.5
+    jitter = torch.stack([u(3), u(4)], 1) - 0.5
+    across = 0.34 + 0.32 * u(2)[:, None] + 0.14 * jitter
     sideways = (relation < 2)[:, None, None]
-    pair = torch.where(
-        sideways, torch.stack([half, across], 2), torch.stack([across, half], 2)
-    )
-    alone = room[:, :1] + torch.stack([u(0), u(2)], 1) * (1 - 2 * room[:, :1])
+    beside = torch.stack([half, across], 2)
+    above = torch.stack([across, half], 2)
+    pair = torch.where(sideways, beside, above)
+    room = room[:, :1]
+    alone = room + torch.stack([u(0), u(2)], 1) * (1 - 2 * room)
     return torch.where(two[:, None, None], pair, alone[:, None])
 
 # %% ../nbs/95_shapes.ipynb #3c7b821a
@@ -79,11 +77,8 @@ def make_scene(
     index: Tensor,  # (B,) int64 image numbers
     seed: int = 0,
     objects=(1, 2),  # how many objects an image may have: (1,), (2,) or (1, 2)
-    # shape, colour, size_name (B,2) int64; size (B,2); position (B,2,2); angle (B,2);
-    # present (B,2) bool; relation (B,) int64; background (B,)
-) -> dict:
-    """What is in each image, drawn by `uniform`; change `position`, `size`, `angle` or
-    `background` to make it move."""
+) -> dict:  # what `render` and `captions` read; the shapes stand beside the entries
+    "What is in each image, drawn by `uniform`; change `position` to make it move."
     if not objects or not {*objects} <= {1, 2}:
         raise ValueError(f"objects holds 1, 2 or both, not {objects!r}")
     u = partial(uniform, index, seed=seed)
@@ -94,20 +89,21 @@ def make_scene(
     def both(field, n):
         return torch.stack([pick(field, n), pick(field + 1, n)], 1)
 
-    size_name, relation = both(4, len(SIZES)), pick(6, len(RELATIONS))
+    size_name = both(4, len(SIZES))
+    relation = pick(6, len(RELATIONS))
     number = torch.tensor(objects, device=index.device)[pick(7, len(objects))]
     jitter = 1 + 0.1 * (torch.stack([u(8), u(9)], 1) - 0.5)
     size = torch.tensor(list(SIZES.values()), device=index.device)[size_name] * jitter
     return dict(
-        shape=both(0, len(SHAPES)),
-        colour=both(2, len(COLOURS)),
-        size_name=size_name,
-        size=size,
-        position=place(size, number == 2, relation, lambda k: u(10 + k)),
-        angle=(torch.stack([u(15), u(16)], 1) - 0.5) * 0.5,
-        relation=relation,
-        present=torch.stack([number > 0, number == 2], 1),
-        background=0.88 + 0.12 * u(17),
+        shape=both(0, len(SHAPES)),  # (B,2) int64
+        colour=both(2, len(COLOURS)),  # (B,2) int64
+        size_name=size_name,  # (B,2) int64
+        size=size,  # (B,2)
+        position=place(size, number == 2, relation, lambda k: u(10 + k)),  # (B,2,2)
+        angle=(torch.stack([u(15), u(16)], 1) - 0.5) * 0.5,  # (B,2)
+        relation=relation,  # (B,) int64
+        present=torch.stack([number > 0, number == 2], 1),  # (B,2) bool
+        background=0.88 + 0.12 * u(17),  # (B,)
     )
 
 # %% ../nbs/95_shapes.ipynb #4f300bc1
@@ -117,14 +113,18 @@ def captions(
     "Say in words what is in each image."
     names = [list(SIZES), list(COLOURS), SHAPES]
     picked = [scene[k].tolist() for k in ("size_name", "colour", "shape")]
+    two = scene["present"][:, 1].tolist()
+    relation = [RELATIONS[r] for r in scene["relation"].tolist()]
+
+    def thing(i, k):  # object k of image i
+        return "a " + " ".join(n[p[i][k]] for n, p in zip(names, picked))
+
     texts = []
-    for i, (two, relation) in enumerate(
-        zip(scene["present"][:, 1].tolist(), scene["relation"].tolist())
-    ):
-        first, second = (
-            "a " + " ".join(n[p[i][o]] for n, p in zip(names, picked)) for o in (0, 1)
-        )
-        texts.append(f"{first} {RELATIONS[relation]} {second}" if two else first)
+    for i in range(len(two)):
+        text = thing(i, 0)
+        if two[i]:
+            text = f"{text} {relation[i]} {thing(i, 1)}"
+        texts.append(text)
     return texts
 
 # %% ../nbs/95_shapes.ipynb #4e79b331
@@ -164,17 +164,14 @@ _SDF = dict(zip(SHAPES, (_circle, _square, _triangle, _star, _ring, _cross)))
 
 # %% ../nbs/95_shapes.ipynb #5da4a209
 def _coverage(
-    # (u, v) -> signed distance to the outline of the unit shape, negative inside; may
-    # overwrite u and v
-    sdf,
+    sdf,  # (u, v) -> distance to the outline, negative inside; may overwrite u and v
     centre: Tensor,  # (n,2) pixels
     radius: Tensor,  # (n,) pixels
     angle: Tensor,  # (n,) radians, clockwise
     H: int,
     W: int,
 ) -> Tensor:  # (n,H,W) share of each pixel that the shape covers
-    """An edge crosses a pixel where the distance is within half a pixel: there the
-    coverage goes from 0 to 1."""
+    "Where the distance is within half a pixel, the coverage goes from 0 to 1."
     x = (torch.arange(W, device=radius.device) + 0.5 - centre[:, :1]) / radius[:, None]
     y = (torch.arange(H, device=radius.device) + 0.5 - centre[:, 1:]) / radius[:, None]
     if angle.device.type != "mps":
@@ -193,8 +190,7 @@ def _paint(
     H: int,
     W: int,
 ) -> Tensor:  # (B,3,H,W) float
-    """One chunk of `render`: the coverage of each kind of shape, then the objects over
-    the background in their order."""
+    "One chunk of `render`: the objects over the background, in their order."
     B, K = kind.shape
     alpha = torch.zeros(B, K, H, W, device=kind.device)
     for k, sdf in enumerate(_SDF.values()):
@@ -211,9 +207,8 @@ def as_size(
     img_size,  # pixels of a square's side, or (height, width)
 ) -> tuple:  # (H, W); ValueError if a side is not a whole number of at least 1
     "An image size as a pair."
-    size = (
-        tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size, img_size)
-    )
+    is_pair = isinstance(img_size, (tuple, list))
+    size = tuple(img_size) if is_pair else (img_size, img_size)
     if len(size) != 2 or not all(isinstance(s, int) and s >= 1 for s in size):
         raise ValueError(
             "img_size is a whole number of pixels, at least 1, or a pair (height,"
@@ -226,8 +221,7 @@ def render(
     scene: dict,  # from make_scene
     img_size=32,  # side, or (height, width)
 ) -> Tensor:  # (B,3,H,W) uint8
-    """Draw a scene: vectorised over the batch, with soft edges, in chunks that stay in
-    the cache."""
+    "Draw a scene with soft edges, all images of a chunk at once."
     H, W = as_size(img_size)
     size = scene["size"]
     objects = [
@@ -235,39 +229,31 @@ def render(
         size * min(H, W),
         scene["angle"],
     ]
-    rgb = (
-        torch.tensor(list(COLOURS.values()), device=size.device)[scene["colour"]] + 0.5
-    )  # + 0.5: the cast to uint8 cuts
+    colours = torch.tensor(list(COLOURS.values()), device=size.device)
+    # + 0.5, because the cast to uint8 cuts
+    rgb = colours[scene["colour"]] + 0.5
+    background = scene["background"] * 255 + 0.5
     kind = torch.where(scene["present"], scene["shape"], -1)
     out = torch.empty(len(size), 3, H, W, dtype=torch.uint8, device=size.device)
-    n = max(1, 2**18 // (H * W))
+    n = max(1, 2**18 // (H * W))  # a chunk that stays in the cache
     for i in range(0, len(size), n):
         at = slice(i, i + n)
-        out[at] = _paint(
-            kind[at],
-            [f[at] for f in objects],
-            rgb[at],
-            scene["background"][at] * 255 + 0.5,
-            H,
-            W,
-        )
+        chunk = [f[at] for f in objects]
+        out[at] = _paint(kind[at], chunk, rgb[at], background[at], H, W)
     return out
 
 # %% ../nbs/95_shapes.ipynb #2e3a6e63
 class Shapes:
-    """A data set of `n` drawn images that takes no memory: image i is a function of
-    (seed, start + i)."""
+    "A data set of `n` drawn images: image i is a function of (seed, start + i) alone."
 
     classes = list(SHAPES)
 
     def __init__(self, n, img_size=32, seed=0, start=0, objects=(1, 2)):
-        self.n, self.size, self.seed, self.start, self.objects = (
-            n,
-            as_size(img_size),
-            seed,
-            start,
-            objects,
-        )
+        self.n = n
+        self.size = as_size(img_size)
+        self.seed = seed
+        self.start = start
+        self.objects = objects
         self.device = torch.device("cpu")
 
     def __len__(self):
@@ -279,7 +265,7 @@ class Shapes:
 
     @property
     def labels(self):
-        # (n,) kind of the first object
+        "(n,) kind of the first object."
         return self.scene(torch.arange(self.n))["shape"][:, 0]
 
     def to(self, device):
@@ -289,15 +275,11 @@ class Shapes:
     def scene(self, i):
         # mps is no friend of 64-bit arithmetic
         at = "cpu" if self.device.type == "mps" else self.device
-        return {
-            k: v.to(self.device)
-            for k, v in make_scene(
-                self.start + i.to(at), self.seed, self.objects
-            ).items()
-        }
+        scene = make_scene(self.start + i.to(at), self.seed, self.objects)
+        return {k: v.to(self.device) for k, v in scene.items()}
 
     def get(self, i):
-        # (B,3,H,W) uint8 of the images numbered i
+        "(B,3,H,W) uint8, the images with the numbers i."
         return render(self.scene(i), self.size)
 
     def captions(self, i):

@@ -521,10 +521,11 @@ def some_code():
     of words."""
     # a comment
 
-    def inner():
-        "words"  # one line, that holds code
-
-    x = [1, 2]  # two lines
+    # fmt: off
+    def inner(): "words"  # one line, that holds code
+    x = [1,
+         2]  # two lines
+    # fmt: on
     "not a docstring"
     return inner, x
 

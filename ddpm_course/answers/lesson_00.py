@@ -46,12 +46,8 @@ number(
 
 # %% ../../nbs/answers/lesson_00.ipynb #f6dba77e
 def _levels():  # alpha and sigma of lesson 00, T = 1000
-    abar = torch.cat(
-        [
-            torch.ones(1),
-            (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0),
-        ]
-    )
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    abar = torch.cat([torch.ones(1), (1 - betas).cumprod(0)])
     return abar.sqrt().float(), (1 - abar).sqrt().float()
 
 
@@ -84,22 +80,22 @@ def ancestral(x, eps_hat, t, s, fresh=1.0, shrink=1.0, alike=False):
 )
 def _(f):
     alpha, sigma = _levels()
-    t, s, x, e = (
-        torch.tensor(400),
-        torch.tensor(300),
-        torch.full((200_000, 2), 0.5),
-        torch.full((200_000, 2), -0.8),
-    )
-    d, x0 = (
-        sigma[s] / sigma[t] * (1 - alpha[t] ** 2 / alpha[s] ** 2).sqrt(),
-        (x - sigma[t] * e) / alpha[t],
-    )
-    got, last = f(x, e, t, s), f(x, e, t, torch.tensor(0))
+    t = torch.tensor(400)
+    s = torch.tensor(300)
+    x = torch.full((200_000, 2), 0.5)
+    e = torch.full((200_000, 2), -0.8)
+    d = sigma[s] / sigma[t] * (1 - alpha[t] ** 2 / alpha[s] ** 2).sqrt()
+    x0 = (x - sigma[t] * e) / alpha[t]
+    got = f(x, e, t, s)
+    last = f(x, e, t, torch.tensor(0))
     if got.shape != x.shape:
         return (
             f"The shape must stay that of x, {tuple(x.shape)}, not {tuple(got.shape)}."
         )
-    mean, sd, still = got.mean(0), got.std(0).mean(), alpha[s] * x0 + sigma[s] * e
+    mean = got.mean(0)
+    sd = got.std(0).mean()
+    still = alpha[s] * x0 + sigma[s] * e
+    right = alpha[s] * x0 + (sigma[s] ** 2 - d**2).sqrt() * e
     if sd < 1e-3:
         return "There is no fresh noise in it: this is still euler."
     if torch.allclose(got[:, 0], got[:, 1]):
@@ -114,9 +110,7 @@ def _(f):
             "The old noise must shrink to sqrt(sigma_s**2 - d**2), or the total is too"
             " much."
         )
-    if not torch.allclose(
-        mean, (alpha[s] * x0 + (sigma[s] ** 2 - d**2).sqrt() * e)[0], atol=0.01
-    ):
+    if not torch.allclose(mean, right[0], atol=0.01):
         return "The mean is wrong: look at the first two terms."
     if not torch.allclose(last, x0, atol=1e-3):
         return "The last step, to s = 0, must not add noise: there d is 0."
@@ -141,10 +135,7 @@ def blobs(n):
         (lambda n: blobs(n) + 3, "to the middle"),
         (lambda n: 9 * blobs(n), "scale it"),
         (lambda n: 9 * blobs(n) + 1, "scale it"),
-        (
-            lambda n: torch.tensor([[1.5, 0], [-1.5, 0]]).repeat(n // 2, 1),
-            "make it random",
-        ),
+        (lambda n: torch.tensor([[1.5, 0], [-1.5, 0]]).repeat(n // 2, 1), "random"),
     ],
 )
 def _(f):

@@ -72,7 +72,8 @@ def square(h, w):
 )
 def _(square):
     for h, w in ((30, 50), (50, 30), (7, 7), (9, 4)):
-        got, side = square(h, w), min(h, w)
+        got = square(h, w)
+        side = min(h, w)
         if not all(isinstance(v, int) for v in got):
             return f"{got} for {h}x{w}: whole pixels please (// instead of /)."
         if got[2] > side:
@@ -107,11 +108,8 @@ def alike(a, b):
 )
 def _(alike):
     a = draw_shapes(torch.arange(40), 48)[0]
-    again = (
-        (a.int() + torch.randint(-4, 5, a.shape, generator=set_seed(0)))
-        .clamp(0, 255)
-        .byte()
-    )
+    change = torch.randint(-4, 5, a.shape, generator=set_seed(0))
+    again = (a.int() + change).clamp(0, 255).byte()
     if not all(alike(p, p) for p in a):
         return "A picture must be like itself."
     if not all(alike(p, q) and alike(q, p) for p, q in zip(a, again)):

@@ -54,16 +54,18 @@ def _fresh(p, s, t):
     " beta.",
 )
 def _(jump, s=100, t=400):
-    p, one, zero = (
-        DDPM(),
-        torch.ones(1, dtype=torch.float64),
-        torch.zeros(1, dtype=torch.float64),
-    )
-    f, g = jump(p, one, s, t, zero).item(), jump(p, zero, s, t, one).item()
-    (a_s, s_s), (a_t, s_t) = [(p.alpha(u).item(), p.sigma(u).item()) for u in (s, t)]
-    right, near = (s_t**2 - (a_t / a_s * s_s) ** 2) ** 0.5, lambda a, b: abs(
-        a - b
-    ) < 1e-6
+    p = DDPM()
+    one = torch.ones(1, dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.float64)
+    f = jump(p, one, s, t, zero).item()
+    g = jump(p, zero, s, t, one).item()
+    a_s, a_t = p.alpha(s).item(), p.alpha(t).item()
+    s_s, s_t = p.sigma(s).item(), p.sigma(t).item()
+    right = (s_t**2 - (a_t / a_s * s_s) ** 2) ** 0.5
+
+    def near(a, b):
+        return abs(a - b) < 1e-6
+
     if near(f, a_t):
         return (
             "x_s has already shrunk to alpha(s): only the rest of the way is missing."
@@ -89,11 +91,10 @@ def _(jump, s=100, t=400):
             "You are off by one step: the noise that x_s holds is sigma(s), with index"
             " s itself."
         )
-    return (
-        None
-        if near(g, right)
-        else f"The factor of eps is {g:.3f}: f^2 sigma(s)^2 + g^2 should be sigma(t)^2."
-    )
+    if not near(g, right):
+        return (
+            f"The factor of eps is {g:.3f}: f^2 sigma(s)^2 + g^2 should be sigma(t)^2."
+        )
 
 # %% ../../nbs/answers/lesson_02.ipynb #90956463
 number(

@@ -38,7 +38,8 @@ def residual(alpha, sigma, skip=1.0, out=-1.0, inside=1.0):
 def _(param):
     a, s = torch.tensor([0.9, 0.5]).double(), torch.tensor([0.3, 0.8]).double()
     x0, eps = torch.tensor([1.0, -2.0]).double(), torch.tensor([0.5, 0.7]).double()
-    x_t, row = a * x0 + s * eps, param(a, s)
+    x_t = a * x0 + s * eps
+    row = param(a, s)
     if len(row) != 3:
         return f"Return three things, c_skip, c_out and c_in, not {len(row)}."
     if any(c is None for c in row):

@@ -51,17 +51,24 @@ def _toy(x, t, y):  # any denoiser whose answer depends on the label
     return 0.5 * x + _LEVEL[y][:, None] * torch.as_tensor([1.0, 2.0])
 
 
-def interval(denoise, y, scale, null, lo, hi):
+def interval(denoise, y, scale, null, lo, hi, outside=1.0):
     def guide(x, t):
-        return cfg(denoise, y, torch.where((lo <= t) & (t <= hi), scale, 1.0), null)(
-            x, t
-        )
+        w = torch.where((lo <= t) & (t <= hi), scale, outside)
+        return cfg(denoise, y, w, null)(x, t)
 
     return guide
 
 
+def _swapped(d, y, w, n, lo, hi):
+    return interval(d, y, 1.0, n, lo, hi, outside=w)
+
+
 def _by_first(d, y, w, n, lo, hi):
     return lambda x, t: cfg(d, y, w if lo <= t[0] <= hi else 1.0, n)(x, t)
+
+
+def _unguided(d, y, w, n, lo, hi):
+    return lambda x, t: d(x, t, torch.full_like(y, n))
 
 
 @exercise(
@@ -72,35 +79,18 @@ def _by_first(d, y, w, n, lo, hi):
     "Return a function of (x, t).",
     [
         (lambda d, y, w, n, lo, hi: cfg(d, y, w, n), "every time"),
-        (
-            lambda d, y, w, n, lo, hi: lambda x, t: cfg(
-                d, y, w * ((lo <= t) & (t <= hi)), n
-            )(x, t),
-            "not 0",
-        ),
-        (
-            lambda d, y, w, n, lo, hi: lambda x, t: cfg(
-                d, y, torch.where((lo <= t) & (t <= hi), 1.0, w), n
-            )(x, t),
-            "swapped",
-        ),
+        (lambda *a: interval(*a, outside=0.0), "not 0"),
+        (_swapped, "swapped"),
         (_by_first, "its own"),
-        (
-            lambda d, y, w, n, lo, hi: lambda x, t: d(x, t, torch.full_like(y, n)),
-            "row by row",
-        ),
+        (_unguided, "row by row"),
     ],
 )
 def _(make):
-    y, t, x = (
-        torch.tensor([0, 1, 2, 0]),
-        torch.tensor([100, 300, 500, 700]),
-        torch.randn(4, 2),
-    )
-    guide, inside = make(_toy, y, 3.0, 3, 200, 600), torch.tensor(
-        [False, True, True, False]
-    )
-    got = guide(x, t)
+    y = torch.tensor([0, 1, 2, 0])
+    t = torch.tensor([100, 300, 500, 700])
+    x = torch.randn(4, 2)
+    inside = torch.tensor([False, True, True, False])
+    got = make(_toy, y, 3.0, 3, 200, 600)(x, t)
 
     def is_(at, rows):
         return torch.allclose(got[rows], cfg(_toy, y, at, 3)(x, t)[rows], atol=1e-4)
@@ -138,18 +128,14 @@ def away(denoise, y, avoid, scale):
     ],
 )
 def _(make):
-    x, t, y, avoid = (
-        torch.randn(4, 2),
-        torch.full((4,), 300),
-        torch.tensor([0, 1, 2, 0]),
-        torch.tensor([1, 2, 0, 2]),
-    )
-    got, want, off, plain = (
-        make(_toy, y, avoid, 3.0)(x, t),
-        _toy(x, t, y),
-        _toy(x, t, avoid),
-        _toy(x, t, torch.full_like(y, 3)),
-    )
+    x = torch.randn(4, 2)
+    t = torch.full((4,), 300)
+    y = torch.tensor([0, 1, 2, 0])
+    avoid = torch.tensor([1, 2, 0, 2])
+    got = make(_toy, y, avoid, 3.0)(x, t)
+    want = _toy(x, t, y)
+    off = _toy(x, t, avoid)
+    plain = _toy(x, t, torch.full_like(y, 3))
 
     def is_(a):
         return torch.allclose(got, a, atol=1e-4)

@@ -17,10 +17,9 @@ choice(
     (16, 1),
     "Count the tokens of each image first. How many pairs do they form?",
     {
-        (
-            4,
-            1,
-        ): "That is the growth of the number of tokens. Every token asks every token.",
+        (4, 1): (
+            "That is the growth of the number of tokens. Every token asks every token."
+        ),
         (16, 4): (
             "With patch=2 the 64 x 64 image has 32 x 32 tokens, as many as the small"
             " one had."
@@ -66,13 +65,10 @@ def _(fn):
         2 * 8 * 3 * 25: "That is for one output pixel.",
     }
     got = fn(3, 8, 5, 6, 7)
-    return (
-        None
-        if got == 2 * 6 * 7 * 8 * 3 * 25
-        else hints.get(
-            got, "Not yet: 2 x pixels x output channels x input channels x window."
-        )
-    )
+    if got == 2 * 6 * 7 * 8 * 3 * 25:
+        return None
+    not_yet = "Not yet: 2 x pixels x output channels x input channels x window."
+    return hints.get(got, not_yet)
 
 # %% ../../nbs/answers/lesson_06b.ipynb #631949c4
 number(

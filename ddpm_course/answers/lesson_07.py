@@ -38,11 +38,9 @@ def _(answer):
             f"That has a horizon of {1 / (1 - float(answer)):.0f}. Count the nines"
             " again."
         )
-    return (
-        "Not yet: 1 / (1 - beta) must be 2000."
-        if 0 <= float(answer) < 1
-        else "beta is a share: from 0 to just under 1."
-    )
+    if not 0 <= float(answer) < 1:
+        return "beta is a share: from 0 to just under 1."
+    return "Not yet: 1 / (1 - beta) must be 2000."
 
 # %% ../../nbs/answers/lesson_07.ipynb #f60c3427
 number(

@@ -26,10 +26,9 @@ choice(
             "The steps are right. They are not squeezed into 10 minutes: minutes=10 is"
             " not looked at."
         ),
-        (
-            8000,
-            20,
-        ): "Those are the steps still to do. The run has the first 4,000 as well.",
+        (8000, 20): (
+            "Those are the steps still to do. The run has the first 4,000 as well."
+        ),
     },
     "Not yet: a pair (steps, minutes). OneCycle must know its end from the start, so"
     " the number of steps stays what it was.",
@@ -38,12 +37,11 @@ choice(
 )
 
 # %% ../../nbs/answers/lesson_08.ipynb #edb2407f
-def clip(
-    grads,
-    longest,
-    length=lambda gs: torch.stack([g.norm() for g in gs]).norm(),
-    up=False,
-):
+def _length(grads):
+    return torch.stack([g.norm() for g in grads]).norm()
+
+
+def clip(grads, longest, length=_length, up=False):
     factor = longest / length(grads)
     for g in grads:
         g.mul_(factor if up else factor.clamp(max=1))
@@ -68,10 +66,10 @@ def clip(
     "Without an `if`: that would read a number back from the device and wait for it.",
 )
 def _(fn):
-    made = lambda: [torch.tensor([3.0, 0.0]), torch.tensor([[4.0], [0.0]])]  # length 5
-    v, s = (
-        torch.cat([g.flatten() for g in fn(made(), longest)]) for longest in (1.0, 10.0)
-    )
+    def made():  # two tensors, of length 5 together
+        return [torch.tensor([3.0, 0.0]), torch.tensor([[4.0], [0.0]])]
+    v = torch.cat([g.flatten() for g in fn(made(), 1.0)])
+    s = torch.cat([g.flatten() for g in fn(made(), 10.0)])
 
     def near(*values):
         return torch.allclose(v, torch.tensor(values).float(), atol=1e-3)
@@ -96,9 +94,11 @@ def _(fn):
         )
 
 # %% ../../nbs/answers/lesson_08.ipynb #dcb98492
-def accumulate(
-    loss, batches, share=lambda v, batches: v.sum() / sum(len(x) for x, _ in batches)
-):
+def _of_all(v, batches):
+    return v.sum() / sum(len(x) for x, _ in batches)
+
+
+def accumulate(loss, batches, share=_of_all):
     for x, y in batches:
         share(loss(x, y), batches).backward()
 
@@ -115,10 +115,7 @@ def _last(loss, batches):
     "Nothing happened yet: call backward() for each piece.",
     [
         (lambda f, b: None, "Nothing happened"),
-        (
-            lambda f, b: accumulate(f, b, lambda v, b: v.mean() / len(b)),
-            "mean of means",
-        ),
+        (lambda f, b: accumulate(f, b, lambda v, b: v.mean() / len(b)), "of means"),
         (lambda f, b: accumulate(f, b, lambda v, b: v.mean()), "added up"),
         (lambda f, b: accumulate(f, b, lambda v, b: v.sum()), "sum over"),
         (_last, "last piece"),
@@ -127,11 +124,10 @@ def _last(loss, batches):
     returns=False,
 )
 def _(fn):
-    # a piece of three, and one of one
-    x, cut = torch.tensor([1.0, 2.0, 3.0, 10.0]), ((0, 3), (3, 4))
+    x = torch.tensor([1.0, 2.0, 3.0, 10.0])
     w = torch.ones((), requires_grad=True)
-    # the gradient of one large batch is 4
-    fn(lambda x, y: w * x, [(x[a:b], None) for a, b in cut])
+    # a piece of three, and one of one; the gradient of one large batch is 4
+    fn(lambda x, y: w * x, [(x[:3], None), (x[3:], None)])
     if w.grad is None:
         return "Nothing happened yet: call backward() for each piece."
     near = lambda value: abs(w.grad.item() - value) < 1e-4

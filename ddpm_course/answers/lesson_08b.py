@@ -37,7 +37,8 @@ number(
 class Dark(nn.Module):
     "Reads dark images as 0, bright ones as 1."
 
-    shape, head = (1, 4, 4), nn.Linear(1, 1)
+    shape = (1, 4, 4)
+    head = nn.Linear(1, 1)
 
     def forward(self, x):
         return torch.stack([-x.mean((1, 2, 3)), x.mean((1, 2, 3))], 1)
@@ -61,12 +62,9 @@ def confusion(judge, images, labels, K):
     ],
 )
 def _(f):
-    images = torch.tensor([-1.0, -0.5, 0.5, 1.0])[:, None, None, None].expand(
-        4, 1, 4, 4
-    )
-    got, want = f(Dark(), images, torch.tensor([0, 1, 1, 1]), 2), torch.tensor(
-        [[1, 0], [1, 2]]
-    )
+    images = torch.tensor([-1.0, -0.5, 0.5, 1.0]).view(4, 1, 1, 1).expand(4, 1, 4, 4)
+    got = f(Dark(), images, torch.tensor([0, 1, 1, 1]), 2)
+    want = torch.tensor([[1, 0], [1, 2]])
     if tuple(got.shape) != (2, 2):
         return f"The shape is (K, K) = (2, 2), not {tuple(got.shape)}."
     if torch.equal(got.long(), want):
@@ -87,14 +85,14 @@ choice(
     frozenset("ac"),
     'Set answer to the set of letters that can explain it, such as {"a", "b"}.',
     {
-        frozenset(
-            "a"
-        ): "Yes, and there is a second one: think of how samples are chosen.",
+        frozenset("a"): (
+            "Yes, and there is a second one: think of how samples are chosen."
+        ),
         frozenset("c"): "Yes, and there is a second one: think of what guidance draws.",
         frozenset("abc"): "b can't: more classes make it harder to be right by chance.",
-        frozenset(
-            "acd"
-        ): "d lowers the number: blurred images are read worse, not better.",
+        frozenset("acd"): (
+            "d lowers the number: blurred images are read worse, not better."
+        ),
         frozenset("b"): "More classes make it harder to be right by chance.",
         frozenset("d"): "Blurred images are read worse, not better.",
         frozenset("abcd"): "Two of them would lower the number.",

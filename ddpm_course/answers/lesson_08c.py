@@ -49,16 +49,15 @@ def limited(
     plain, guided, low, high, low_in=False, high_in=True, flip=False, whole=None
 ):
     def denoise(x, t):
-        inside = ((t >= low) if low_in else (t > low)) & (
-            (t <= high) if high_in else (t < high)
-        )
+        above = t >= low if low_in else t > low
+        below = t <= high if high_in else t < high
+        inside = above & below
         if whole:
             inside = getattr(inside, whole)().expand(len(x))
-        return torch.where(
-            (~inside if flip else inside).view(-1, *[1] * (x.ndim - 1)),
-            guided(x, t),
-            plain(x, t),
-        )
+        if flip:
+            inside = ~inside
+        inside = inside.view(-1, *[1] * (x.ndim - 1))
+        return torch.where(inside, guided(x, t), plain(x, t))
 
     return denoise
 
@@ -71,10 +70,7 @@ def limited(
     "Nothing returned yet. Return a function of x and t, like cfg does.",
     [
         (lambda *a: limited(*a, flip=True), "wrong way"),
-        (
-            lambda *a: limited(*a, low_in=True, high_in=False),
-            "low itself is outside, high",
-        ),
+        (lambda *a: limited(*a, low_in=True, high_in=False), "outside, high"),
         (lambda *a: limited(*a, low_in=True), "low itself"),
         (lambda *a: limited(*a, high_in=False), "high itself"),
         (lambda *a: limited(*a, whole="any"), "example by example"),
@@ -93,54 +89,38 @@ def _(fn):
         )
     hints = {
         (1, 1, 10, 10, 1): None,
-        (
-            10,
-            10,
-            1,
-            1,
-            10,
-        ): "The wrong way round: guided inside the interval, plain outside.",
+        (10, 10, 1, 1, 10): (
+            "The wrong way round: guided inside the interval, plain outside."
+        ),
         (1, 10, 10, 1, 1): "Nearly: low itself is outside, high itself is inside.",
         (1, 10, 10, 10, 1): "Nearly: low itself is outside.",
         (1, 1, 10, 1, 1): "Nearly: high itself is inside.",
-        (
-            10,
-        ) * 5: (
+        (10, 10, 10, 10, 10): (
             "All examples got guidance because one of them did: decide example by"
             " example."
         ),
-        (1,) * 5: "Nobody got guidance. Is the condition true for t = 400?",
+        (1, 1, 1, 1, 1): "Nobody got guidance. Is the condition true for t = 400?",
     }
-    return hints.get(
-        tuple(out[:, 0, 0, 0].tolist()),
-        "Not yet: torch.where(condition, guided(x, t), plain(x, t)).",
-    )
+    not_yet = "Not yet: torch.where(condition, guided(x, t), plain(x, t))."
+    return hints.get(tuple(out[:, 0, 0, 0].tolist()), not_yet)
 
 # %% ../../nbs/answers/lesson_08c.ipynb #b6767041
+def _distance(x, images, shift):
+    moved = images.roll(shift, (2, 3))
+    return torch.cdist(x.flatten(1), moved.flatten(1)).amin(1)
+
+
 def nearest_shifted(x, images, by):
     best = torch.full((len(x),), torch.inf)
     for i in range(-by, by + 1):
         for j in range(-by, by + 1):
-            best = torch.minimum(
-                best,
-                torch.cdist(x.flatten(1), images.roll((i, j), (2, 3)).flatten(1)).amin(
-                    1
-                ),
-            )
+            best = torch.minimum(best, _distance(x, images, (i, j)))
     return best / images[0].numel() ** 0.5
 
 
 def _over(x, images, shifts, best=torch.amin):  # other sets of shifts
-    return best(
-        torch.stack(
-            [
-                torch.cdist(x.flatten(1), images.roll(s, (2, 3)).flatten(1)).amin(1)
-                / images[0].numel() ** 0.5
-                for s in shifts
-            ]
-        ),
-        0,
-    )
+    d = torch.stack([_distance(x, images, s) for s in shifts])
+    return best(d / images[0].numel() ** 0.5, 0)
 
 
 NINE = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
@@ -166,14 +146,11 @@ NINE = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
 )
 def _(fn):
     images = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    x = torch.cat(
-        [
-            images[:1],
-            images[1:2].roll((1, -1), (2, 3)),
-            images[2:3].roll((0, 2), (2, 3)),
-            images[3:4].roll(1, 2) + 0.5,
-        ]
-    )
+    same = images[:1]
+    moved = images[1:2].roll((1, -1), (2, 3))
+    far = images[2:3].roll((0, 2), (2, 3))
+    bright = images[3:4].roll(1, 2) + 0.5
+    x = torch.cat([same, moved, far, bright])
     d = fn(x, images, 1)
     if d.shape != (4,):
         return (

@@ -52,10 +52,10 @@ def recall(real, fake, k, column=0):
     ],
 )
 def _(f):
-    real, fake = torch.randn(300, 2, generator=set_seed(7)), 0.5 * torch.randn(
-        300, 2, generator=set_seed(8)
-    )
-    got, want = float(f(real, fake, 3)), precision_recall(fake, real, k=3)
+    real = torch.randn(300, 2, generator=set_seed(7))
+    fake = 0.5 * torch.randn(300, 2, generator=set_seed(8))
+    got = float(f(real, fake, 3))
+    want = precision_recall(fake, real, k=3)
 
     def near(x):
         return abs(got - x) < 1e-4
@@ -66,11 +66,9 @@ def _(f):
         return "That is precision: the balls are around the generated points."
     if near(precision_recall(fake, real, k=2)["recall"]):
         return "Each point is its own nearest neighbour, at distance 0: leave it out."
-    return (
-        "A share lies between 0 and 1: divide by the number of real points."
-        if got > 1
-        else f"Not yet: {want['recall']:.3f} would be right here, not {got:.3f}."
-    )
+    if got > 1:
+        return "A share lies between 0 and 1: divide by the number of real points."
+    return f"Not yet: {want['recall']:.3f} would be right here, not {got:.3f}."
 
 # %% ../../nbs/answers/lesson_09.ipynb #64b0d3dc
 choice(

@@ -14,11 +14,12 @@ LESSON = "09b_metric_lab"
 
 # %% ../../nbs/answers/lesson_09b.ipynb #a59c3412
 def fid_inf(ns, fids, over=lambda n: 1 / n, at=0.0):
-    x, v = over(torch.tensor(ns, dtype=torch.float64)), torch.tensor(
-        fids, dtype=torch.float64
-    )
+    x = over(torch.tensor(ns, dtype=torch.float64))
+    v = torch.tensor(fids, dtype=torch.float64)
     slope = ((x - x.mean()) * (v - v.mean())).sum() / (x - x.mean()).pow(2).sum()
-    return slope.item() if at is None else (v.mean() + slope * (at - x.mean())).item()
+    if at is None:
+        return slope.item()
+    return (v.mean() + slope * (at - x.mean())).item()
 
 
 @exercise(

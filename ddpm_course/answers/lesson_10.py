@@ -86,6 +86,8 @@ def _(f):
     got = float(f(x))
     if abs(got - 76**0.5) < 1e-3:
         return None
+    mean = _all(x).mean().item()
+    from_0 = x.flatten(1).norm(dim=1).max().item()
     hints = {
         76**0.5 / 2: (
             "That is per pixel (a root *mean* square): noise of strength sigma moves an"
@@ -97,21 +99,19 @@ def _(f):
             " difference, all pixels together."
         ),
         6.0: "The first two are not the furthest pair: compare all with all.",
-        _all(
-            x
-        ).mean().item(): "That is the mean: the walk must reach the furthest as well.",
+        mean: "That is the mean: the walk must reach the furthest as well.",
         16.0: (
             "A sum of absolute differences; the length of a vector is the root of a sum"
             " of squares."
         ),
-        x.flatten(1).norm(
-            dim=1
-        ).max().item(): "That is the distance to 0: compare images with images.",
+        from_0: "That is the distance to 0: compare images with images.",
     }
-    return next(
-        (h for v, h in hints.items() if abs(got - v) < 1e-2),
+    for value, hint in hints.items():
+        if abs(got - value) < 1e-2:
+            return hint
+    return (
         f"{got:.2f} is not it: flatten the images, torch.cdist them with themselves,"
-        " take the largest.",
+        " take the largest."
     )
 
 # %% ../../nbs/answers/lesson_10.ipynb #ca872e09
@@ -121,24 +121,28 @@ def mala(x, log_p, score, size, generator, form="right"):
     def log_q(b, a):
         return -(b - a - size / 2 * score(a)).pow(2).sum(1) / (2 * size)
 
-    r = (
-        log_p(y)
-        - log_p(x)
-        + dict(no_q=0, turned=-1).get(form, 1) * (log_q(x, y) - log_q(y, x))
-        - 99 * (form == "never")
-    )
+    correction = dict(no_q=0, turned=-1).get(form, 1)
+    r = log_p(y) - log_p(x) + correction * (log_q(x, y) - log_q(y, x))
+    if form == "never":
+        r = r - 99
     if form == "coordinates":
-        return torch.where(
-            torch.rand(x.shape, generator=generator).log() < r[:, None], y, x
-        )
-    u = (
-        torch.rand(
-            1 if form == "together" else len(x), generator=generator, dtype=x.dtype
-        )
-        .log()
-        .expand(len(x))
-    )
-    return y[u < r] if form == "flat" else torch.where((u < r)[:, None], y, x)
+        u = torch.rand(x.shape, generator=generator).log()
+        return torch.where(u < r[:, None], y, x)
+    n = 1 if form == "together" else len(x)
+    u = torch.rand(n, generator=generator, dtype=x.dtype).log().expand(len(x))
+    if form == "flat":
+        return y[u < r]
+    return torch.where((u < r)[:, None], y, x)
+
+
+_FORMS = dict(
+    no_q="instead of 1",
+    turned="instead of 1",
+    together="together",
+    coordinates="whole points",
+    flat="one new point",
+    never="hardly any",
+)
 
 
 @exercise(
@@ -150,29 +154,16 @@ def mala(x, log_p, score, size, generator, form="right"):
     " exp(r).",
     [
         (lambda x, p, s, h, g: langevin(x, s(x), h, g), "bias is still"),
-        *[
-            (functools.partial(mala, form=f), w)
-            for f, w in dict(
-                no_q="instead of 1",
-                turned="instead of 1",
-                together="together",
-                coordinates="whole points",
-                flat="one new point",
-                never="hardly any",
-            ).items()
-        ],
+        *[(functools.partial(mala, form=f), words) for f, words in _FORMS.items()],
     ],
     "It needs log p, which a score network does not give: practice lives with the bias"
     " and keeps the steps small.",
 )
 def _(step):
-    g, x, h = (
-        torch.Generator().manual_seed(0),
-        torch.randn(
-            8000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-        ),
-        1.2,
-    )
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(8000, 2, dtype=torch.float64, generator=g)
+    g = torch.Generator().manual_seed(0)
+    h = 1.2
     moves = []
     for _ in range(40):
         new = step(x, lambda x: -x.pow(2).sum(1) / 2, lambda x: -x, h, g)
@@ -181,8 +172,10 @@ def _(step):
         moved = new != x
         if (moved.any(1) != moved.all(1)).any():
             return "Accept or refuse whole points, not single coordinates."
-        moves, x = [*moves, moved.all(1).double().mean().item()], new
-    var, rate = x.var().item(), sum(moves) / 40
+        moves.append(moved.all(1).double().mean().item())
+        x = new
+    var = x.var().item()
+    rate = sum(moves) / 40
     if rate > 0.999:
         return (
             f"Every step is accepted, and the variance is {var:.2f} instead of 1: the"

@@ -60,37 +60,24 @@ several(
 # %% ../../nbs/answers/lesson_11.ipynb #537e8d0c
 def dial(lam, share=lambda lam: (1 + lam**2) / 2, noise=lambda lam: lam):
     def step(denoise, process, x, t, s, generator=None):
-        (f, g2), dt = (bcast(v, x) for v in drift_diffusion(process, t)), bcast(
-            t - s, x
-        )
+        f, g2 = (bcast(v, x) for v in drift_diffusion(process, t))
+        dt = bcast(t - s, x)
         drift = f * x - share(lam) * g2 * score_of(denoise, process)(x, t)
-        return x - dt * drift + noise(lam) * (g2 * dt).sqrt() * randn(
-            x.shape, generator, dtype=x.dtype
-        ), denoise(x, t)
+        fresh = noise(lam) * (g2 * dt).sqrt()
+        z = randn(x.shape, generator, dtype=x.dtype)
+        return x - dt * drift + fresh * z, denoise(x, t)
 
     return step
 
 
 def _probe(step, t, s, c=0.5):  # gain and fresh variance of a step on N(0, c^2)
-    same = [torch.Generator().manual_seed(3) for _ in range(2)]
+    denoise = GaussianMixture(torch.zeros(1, 1, dtype=torch.float64), c).denoiser(VP())
     x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    at_0, at_1 = step(
-        GaussianMixture(torch.zeros(1, 1, dtype=torch.float64), c).denoiser(VP()),
-        VP(),
-        x,
-        t.expand(2),
-        s.expand(2),
-        generator=same,
-    )[0].flatten()
-    return (at_1 - at_0).item(), (
-        (
-            at_0
-            / torch.randn(
-                1, generator=torch.Generator().manual_seed(3), dtype=torch.float64
-            )
-        )
-        ** 2
-    ).item()
+    same = [torch.Generator().manual_seed(3) for _ in range(3)]
+    z = torch.randn(1, generator=same.pop(), dtype=torch.float64)
+    x_s, _ = step(denoise, VP(), x, t.expand(2), s.expand(2), generator=same)
+    at_0, at_1 = x_s.flatten()
+    return (at_1 - at_0).item(), ((at_0 / z) ** 2).item()
 
 
 @exercise(
@@ -110,25 +97,23 @@ def _probe(step, t, s, c=0.5):  # gain and fresh variance of a step on N(0, c^2)
     "The sum has the same marginals for every lam, also above 1.",
 )
 def _(dial, dt=1e-3):
-    vp, t = VP(), torch.tensor([0.5], dtype=torch.float64)
+    vp = VP()
+    t = torch.tensor([0.5], dtype=torch.float64)
     x = torch.ones(2, 1, dtype=torch.float64)
-    if not isinstance(
-        dial(0.5)(lambda x, t: 0 * x, vp, x, t.expand(2), t.expand(2) - dt), tuple
-    ):
+    out = dial(0.5)(lambda x, t: 0 * x, vp, x, t.expand(2), t.expand(2) - dt)
+    if not isinstance(out, tuple):
         return "The step should return two things, x_s and x0_hat."
-    (f, g2), v = (u.item() for u in drift_diffusion(vp, t)), (
-        0.25 * vp.alpha(t) ** 2 + vp.sigma(t) ** 2
-    ).item()
+    f, g2 = (u.item() for u in drift_diffusion(vp, t))
+    v = (0.25 * vp.alpha(t) ** 2 + vp.sigma(t) ** 2).item()
     for lam in (0.0, 0.5, 1.0):
         gain, fresh = _probe(dial(lam), t, t - dt)
-        # of g^2 * score, of g^2
-        share, noise = ((1 - gain) / dt - f) * v / g2, fresh / (g2 * dt)
+        share = ((1 - gain) / dt - f) * v / g2  # of g^2 * score
+        noise = fresh / (g2 * dt)  # of g^2
         if abs(noise - lam**2) > 0.01:
-            return f"lam = {lam}: the noise has {noise:.2f} g^2 dt of variance" + (
-                ", lam multiplies g, so the variance has its square."
-                if abs(noise - lam) < 0.01
-                else f", it should be {lam**2:.2f}."
-            )
+            said = f"it should be {lam**2:.2f}."
+            if abs(noise - lam) < 0.01:
+                said = "lam multiplies g, so the variance has its square."
+            return f"lam = {lam}: the noise has {noise:.2f} g^2 dt of variance, {said}"
         if share < 0:
             return (
                 "The score has the wrong sign: going back, it pulls the particles"
@@ -172,9 +157,8 @@ def _road(alpha=OU.alpha, sigma=OU.sigma):
     " another clock.",
 )
 def _(made):
-    t, p = torch.linspace(0.1, 5, 20, dtype=torch.float64), (
-        made() if isinstance(made, type) else made
-    )
+    t = torch.linspace(0.1, 5, 20, dtype=torch.float64)
+    p = made() if isinstance(made, type) else made
     if p.alpha(t) is None or p.sigma(t) is None:
         return "Return tensors of t's shape from alpha and sigma."
     f, g2 = drift_diffusion(p, t)

@@ -46,9 +46,8 @@ several(
 
 # %% ../../nbs/answers/lesson_12.ipynb #34ac93c3
 def lognormal_times(process, n, p_mean=-1.2, p_std=1.2, generator=None):
-    return time_of(
-        process, (p_mean + p_std * torch.randn(n, generator=generator)).exp()
-    )
+    log_level = p_mean + p_std * torch.randn(n, generator=generator)
+    return time_of(process, log_level.exp())
 
 
 def _draw(n, g):
@@ -66,10 +65,7 @@ def _draw(n, g):
         (lambda p, n, m, s, g: m + s * _draw(n, g), "take exp"),
         (lambda p, n, m, s, g: (m + s * _draw(n, g)).exp(), "time_of"),
         (lambda p, n, m, s, g: time_of(p, (m + _draw(n, g)).exp()), "p_std before"),
-        (
-            lambda p, n, m, s, g: time_of(p, (m + s**2 * _draw(n, g)).exp()),
-            "not a variance",
-        ),
+        (lambda p, n, m, s, g: lognormal_times(p, n, m, s**2, g), "not a variance"),
         (lambda p, n, m, s, g: time_of(p, (s * _draw(n, g)).exp()), "add p_mean"),
     ],
     "The times are floats; DDPM interpolates.",

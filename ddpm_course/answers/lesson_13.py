@@ -80,14 +80,18 @@ def my_velocity(x, v, alpha, sigma):
     ],
 )
 def _(f):
-    x0, eps = torch.randn(
-        2, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
+    g = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 50, generator=g, dtype=torch.float64)
     angle = torch.linspace(0.1, 1.4, 50, dtype=torch.float64)
     a, s = angle.cos(), angle.sin()
-    v, x, want = a * eps - s * x0, (a * x0 + s * eps) / (a + s), eps - x0
+    v = a * eps - s * x0
+    x = (a * x0 + s * eps) / (a + s)
+    want = eps - x0
     got = f(x, v, a, s)
-    near = lambda other: torch.allclose(got, other, atol=1e-6)
+
+    def near(other):
+        return torch.allclose(got, other, atol=1e-6)
+
     if near(want):
         return None
     if near(-want):
@@ -113,6 +117,11 @@ def my_shift(ts, m):
     return m * ts / (1 + (m - 1) * ts)
 
 
+def _not_simplified(ts, m):
+    level = m * ts / (1 - ts)
+    return level / (1 + level)
+
+
 @exercise(
     "13.3",
     "The timestep shift",
@@ -121,10 +130,7 @@ def my_shift(ts, m):
     "Return times, one for each of ts.",
     [
         (lambda ts, m: m * ts, "between 0 and 1"),
-        (
-            lambda ts, m: (m * ts / (1 - ts)) / (1 + m * ts / (1 - ts)),
-            "simplify the fraction",
-        ),
+        (_not_simplified, "simplify the fraction"),
         (lambda ts, m: my_shift(ts, 1 / m), "lower"),
         (lambda ts, m: my_shift(ts, m**0.5), "ratio of variances"),
         (lambda ts, m: my_shift(ts, m**2), "twice"),
@@ -134,7 +140,8 @@ def my_shift(ts, m):
 )
 def _(f):
     ts = torch.linspace(1, 0, 9, dtype=torch.float64)
-    got, level = f(ts, 3.0), ts / (1 - ts)
+    got = f(ts, 3.0)
+    level = ts / (1 - ts)
     if got.shape == ts.shape and got.isnan().any():
         return (
             "At t = 1 the level is infinite, and inf / inf is no number: simplify the"
@@ -142,9 +149,10 @@ def _(f):
         )
     if got.shape != ts.shape or (got < -1e-9).any() or (got > 1 + 1e-9).any():
         return "Times stay between 0 and 1, and both ends stay where they are."
-    near = lambda level: torch.allclose(
-        got[1:-1], level[1:-1] / (1 + level[1:-1]), atol=1e-6
-    )
+    def near(level):
+        inside = level[1:-1]
+        return torch.allclose(got[1:-1], inside / (1 + inside), atol=1e-6)
+
     if near(level / 3):
         return "The levels became 3 times lower: multiply, don't divide."
     if near(level * 3**0.5):

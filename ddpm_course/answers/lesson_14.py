@@ -32,7 +32,10 @@ several(
     "Constant or line?",
     "Fill in the dictionary.",
     {
-        "the first step of the second chunk of images; the first chunk ended at t = 0": (
+        (
+            "the first step of the second chunk of images; the first chunk ended at"
+            " t = 0"
+        ): (
             "constant",
             "the memory ended at t = 0, this step begins at t_max: it starts anew",
         ),
@@ -64,19 +67,33 @@ def dpmpp_exact(form="right"):
 
     def step(denoise, process, x, t, s, generator=None):
         nonlocal past
-        (shrink, gain, h), x0_hat = linear_part(process, t, s), denoise(x, t)
+        shrink, gain, h = linear_part(process, t, s)
+        x0_hat = denoise(x, t)
         mean = x0_hat
-        if past is not None if form in ("forgets", "infinite") else _onward(past, x, t):
-            q = (
-                h / past.h
-                if form == "infinite"
-                else past.h / h if form == "inverse" else _ratio(h, past.h)
-            )
+        onward = _onward(past, x, t)
+        if form in ("forgets", "infinite"):
+            onward = past is not None
+        if onward:
+            q = _ratio(h, past.h)
+            if form == "infinite":
+                q = h / past.h
+            if form == "inverse":
+                q = past.h / h
             mean = x0_hat + _by(_moments(h)[0] * q, x) * (x0_hat - past.x0)
         past = _Past(_wide(s), h, x0_hat)
         return _by(shrink, x) * x + _by(gain, x) * mean, x0_hat
 
-    return (lambda *a: step(*a)[0]) if form == "one" else step
+    if form == "one":
+        return lambda *a: step(*a)[0]
+    return step
+
+
+_FORMS = dict(
+    forgets="second walk",
+    infinite="infinitely long",
+    inverse="h / h_last",
+    one="two things",
+)
 
 
 @exercise(
@@ -90,33 +107,25 @@ def dpmpp_exact(form="right"):
         (dpmpp_2m, "still the middle"),
         (lambda: heun, "no line yet"),
         (lambda: 3, "return the step"),
-        *[
-            (functools.partial(dpmpp_exact, f), w)
-            for f, w in dict(
-                forgets="second walk",
-                infinite="infinitely long",
-                inverse="h / h_last",
-                one="two things",
-            ).items()
-        ],
+        *[(functools.partial(dpmpp_exact, f), words) for f, words in _FORMS.items()],
     ],
     "diffusers has it as solver_type='heun'. Both have order 2; which errs less depends"
     " on the curve.",
 )
 def _(make):
-    process, f64 = DDPM(1000, "cosine"), torch.float64
+    process = DDPM(1000, "cosine")
 
     def lam(t):
-        return (process.alpha(t) / process.sigma(t)).log().to(f64)
+        return (process.alpha(t) / process.sigma(t)).log().double()
 
     def straight(x, t):
         # answers on a line: the mean of a line must come out exactly
         return (0.2 * lam(t))[:, None].expand_as(x)
 
-    start = process.init_noise(
-        (5, 1), generator=torch.Generator().manual_seed(1)
-    ).double()
-    step, (t, m, s) = make(), (torch.full((5,), v, dtype=f64) for v in (900, 600, 400))
+    g = torch.Generator().manual_seed(1)
+    start = process.init_noise((5, 1), generator=g).double()
+    t, m, s = (torch.full((5,), v).double() for v in (900, 600, 400))
+    step = make()
     if not callable(step):
         return (
             "Return the step: an inner function step(denoise, process, x, t, s,"
@@ -127,32 +136,30 @@ def _(make):
         return "A step returns two things: x_s and x0_hat."
     if not torch.allclose(out[0], euler(straight, process, start, t, m)[0]):
         return "The first step has no line yet: it should be DDIM."
-    (shrink, gain, h), x_s = (
-        linear_part(process, m, s),
-        step(straight, process, out[0], m, s)[0],
-    )
-    u = ((x_s - _by(shrink, x_s) * out[0]) / _by(gain, x_s) - 0.2 * lam(m)[:, None]) / (
-        0.2 * _by(h, x_s)
-    )  # where on the line?
+    x_m = out[0]
+    x_s = step(straight, process, x_m, m, s)[0]
+    shrink, gain, h = (_by(v, x_s) for v in linear_part(process, m, s))
+    mean = (x_s - shrink * x_m) / gain
+    u = (mean - 0.2 * lam(m)[:, None]) / (0.2 * h)  # where on the line?
+    right = _moments(h)[0]
     if (u - 0.5).abs().max() < 1e-6:
         return (
             "That is still the middle, u = 1/2: the mean of u under the weight is"
             " _moments(h)[0]."
         )
-    if (u - _moments(h)[0][:, None]).abs().max() > 1e-6:
+    if (u - right).abs().max() > 1e-6:
         return (
             f"You took the line at u = {u[0].item():.3f}, its mean is at"
-            f" {_moments(h)[0][0]:.3f}: x0_hat + m1 * (h / h_last) * (x0_hat - last"
+            f" {right[0].item():.3f}: x0_hat + m1 * (h / h_last) * (x0_hat - last"
             " x0_hat)."
         )
     if not sample(straight, process, start, process.steps(3), make()).isfinite().all():
         return "The step to sigma = 0 is infinitely long: use _ratio for h / h_last."
     step = make()
-    runs = [
-        sample(straight, process, start, torch.tensor([900.0, 600, 400]), step)
-        for _ in range(2)
-    ]
-    if not torch.equal(*runs):
+    ts = torch.tensor([900.0, 600, 400])
+    first = sample(straight, process, start, ts, step)
+    second = sample(straight, process, start, ts, step)
+    if not torch.equal(first, second):
         return (
             "A second walk differs from the first: use the memory only if _onward(past,"
             " x, t)."
@@ -160,8 +167,19 @@ def _(make):
 
 # %% ../../nbs/answers/lesson_14.ipynb #f6ee913a
 def linear_part_eps(process, t, s, sign=1):
-    (a_t, s_t), (a_s, s_s) = ((process.alpha(u), process.sigma(u)) for u in (t, s))
+    a_t, s_t = process.alpha(t), process.sigma(t)
+    a_s, s_s = process.alpha(s), process.sigma(s)
     return a_s / a_t, sign * (s_s - s_t * a_s / a_t)
+
+
+def _too_much(*args):
+    shrink, gain = linear_part_eps(*args)
+    return shrink, 1 + gain
+
+
+def _upside_down(*args):
+    shrink, gain = linear_part_eps(*args)
+    return 1 / shrink, gain
 
 
 @exercise(
@@ -175,28 +193,22 @@ def linear_part_eps(process, t, s, sign=1):
         (lambda *a: linear_part_eps(*a, sign=-1), "wrong sign"),
         (lambda *a: linear_part(*a)[:2], "other form"),
         (linear_part, "two things"),
-        (lambda *a: (linear_part_eps(*a)[0], 1 + linear_part_eps(*a)[1]), "DDIM"),
-        (
-            lambda *a: (1 / linear_part_eps(*a)[0], linear_part_eps(*a)[1]),
-            "multiply by alpha_s",
-        ),
+        (_too_much, "DDIM"),
+        (_upside_down, "multiply by alpha_s"),
     ],
     "Flow has alpha = 0 at its noise end, so its first step is infinite in this form.",
 )
 def _(f):
-    process, t, s = (
-        DDPM(1000, "cosine"),
-        torch.tensor([900.0, 500], dtype=torch.float64),
-        torch.tensor([600.0, 0], dtype=torch.float64),
-    )
-    if len(f(process, t, s)) != 2:
+    process = DDPM(1000, "cosine")
+    t = torch.tensor([900.0, 500], dtype=torch.float64)
+    s = torch.tensor([600.0, 0], dtype=torch.float64)
+    made = f(process, t, s)
+    if len(made) != 2:
         return "Return two things, shrink and gain."
-    (shrink, gain), (right, _, _), (a_s, s_s, s_t, a_t) = (
-        f(process, t, s),
-        linear_part(process, t, s),
-        (process.alpha(s), process.sigma(s), process.sigma(t), process.alpha(t)),
-    )
-    if torch.allclose(shrink, right, atol=1e-9):
+    shrink, gain = made
+    a_t, s_t = process.alpha(t), process.sigma(t)
+    a_s, s_s = process.alpha(s), process.sigma(s)
+    if torch.allclose(shrink, linear_part(process, t, s)[0], atol=1e-9):
         return (
             "That is the shrink of the other form, sigma_s / sigma_t: here x is"
             " measured in units of alpha."

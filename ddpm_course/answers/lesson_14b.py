@@ -30,7 +30,10 @@ several(
             "8 steps, each a conditional and an unconditional evaluation",
         ),
         "one image from the student of 4 steps": (4, "students need no guidance"),
-        "one training example on the first rung (guided teacher, k = 2): the student's own and the teacher's": (
+        (
+            "one training example on the first rung (guided teacher, k = 2):"
+            " the student's own and the teacher's"
+        ): (
             5,
             "1 of the student, and 2 guided steps of the teacher",
         ),
@@ -38,7 +41,10 @@ several(
             3,
             "the teacher is now a student itself: no guidance",
         ),
-        "one training example of a student of 1 step taught by 8 guided steps at once (k = 8)": (
+        (
+            "one training example of a student of 1 step taught by 8 guided steps at"
+            " once (k = 8)"
+        ): (
             17,
             "1 and 8 guided steps: that is the price of a rung left out",
         ),
@@ -50,6 +56,11 @@ several(
 def heun_lesson(denoise, process, x, t, s, rule=heun):
     shrink, gain, _ = (bcast(v, x).to(x) for v in linear_part(process, t, s))
     return (rule(denoise, process, x, t, s)[0] - shrink * x) / gain
+
+
+def _not_divided(d, p, x, t, s):
+    gain = bcast(linear_part(p, t, s)[1], x).float()
+    return heun_lesson(d, p, x, t, s) * gain
 
 
 def _euler_later(d, p, x, t, s):
@@ -65,11 +76,7 @@ def _euler_later(d, p, x, t, s):
     " for the answer.",
     [
         (lambda *a: heun(*a)[0], "where the walk ends"),
-        (
-            lambda d, p, x, t, s: heun_lesson(d, p, x, t, s)
-            * bcast(linear_part(p, t, s)[1], x).float(),
-            "divide",
-        ),
+        (_not_divided, "divide"),
         (lambda *a: a[2][:, 0], "shape"),
         (lambda *a: heun_lesson(*a, rule=euler), "at the start"),
         (lambda d, p, x, t, s: d(x, t), "at the start"),
@@ -79,10 +86,10 @@ def _euler_later(d, p, x, t, s):
     " only sees where it ends.",
 )
 def _(f):
-    process, corner = DDPM(1000, "cosine"), torch.arange(8) * math.pi / 4
-    exact = GaussianMixture(
-        torch.stack([corner.cos(), corner.sin()], 1).double(), 0.1
-    ).denoiser(process)
+    process = DDPM(1000, "cosine")
+    angle = torch.arange(8) * math.pi / 4
+    corners = torch.stack([angle.cos(), angle.sin()], 1).double()
+    exact = GaussianMixture(corners, 0.1).denoiser(process)
     noise = process.init_noise((600, 2), generator=torch.Generator().manual_seed(0))
     t, s = torch.full((600,), 700), torch.full((600,), 400)
     got = f(exact, process, noise, t, s)
@@ -91,10 +98,12 @@ def _(f):
             f"The answer has the shape of x, not {tuple(got.shape)}: give shrink and"
             " gain a second axis with bcast."
         )
-    (shrink, gain, _), end = (
-        bcast(v, noise).float() for v in linear_part(process, t, s)
-    ), heun(exact, process, noise, t, s)[0]
-    near = lambda wrong: (got - wrong).abs().max() < 1e-4
+    shrink, gain, _ = (bcast(v, noise).float() for v in linear_part(process, t, s))
+    end = heun(exact, process, noise, t, s)[0]
+
+    def near(wrong):
+        return (got - wrong).abs().max() < 1e-4
+
     if near(end):
         return (
             "That is where the walk ends, x_s; asked is the answer that leads there in"
@@ -135,7 +144,8 @@ def truncated_snr(process, t):
 )
 def _(f):
     process, t = DDPM(1000, "cosine"), torch.tensor([1000, 800, 300, 50])
-    w, snr = f(process, t), process.snr(t)
+    w = f(process, t)
+    snr = process.snr(t)
     if not isinstance(w, torch.Tensor) or w.shape != (4,):
         return "One weight for each time."
     if torch.allclose(w.double(), snr):

@@ -25,11 +25,17 @@ several(
                 " further from them?"
             ),
         ),
-        "more steps of the grid always give a lower bound of the same image, term for term": (
+        (
+            "more steps of the grid always give a lower bound of the same image,"
+            " term for term"
+        ): (
             False,
             "each term is one random draw; only the average of the sum falls",
         ),
-        "a density of 5 nats at an image means a mistake, since probabilities are at most 1": (
+        (
+            "a density of 5 nats at an image means a mistake, since probabilities are"
+            " at most 1"
+        ): (
             False,
             "a density may exceed 1; its integral may not",
         ),
@@ -67,15 +73,14 @@ def best_kl(E, D):
 )
 def _(f):
     E, D = torch.tensor([0.0, 0.5, 8.0]).double(), 4
-    got, r = f(E, D), torch.logspace(-3, 0, 20001).double()[:, None]
+    got = f(E, D)
+    r = torch.logspace(-3, 0, 20001).double()[:, None]
     right = (D / 2 * (r - 1 - r.log()) + r / 2 * E).amin(0)
     if torch.allclose(got, 1 / (1 + E / D), atol=1e-3):
         return "This is the best r; put it into the formula."
     if torch.allclose(got, E / 2):
         return "This is the cost for r = 1."
-    if torch.allclose(got, 2 / D * right, atol=1e-3) or torch.allclose(
-        got, right / D, atol=1e-3
-    ):
+    if any(torch.allclose(got, k / D * right, atol=1e-3) for k in (1, 2)):
         return "The cost is for all D dimensions, not for one."
     if not torch.allclose(got, right, atol=1e-3):
         return f"For E = 8, D = 4 the least cost is {right[2]:.3f}, not {got[2]:.3f}."

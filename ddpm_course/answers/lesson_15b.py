@@ -32,9 +32,8 @@ several(
 # %% ../../nbs/answers/lesson_15b.ipynb #fcbc291e
 def usual(cost, train_costs, centre=torch.median):
     middle = centre(train_costs)
-    return (
-        ((train_costs - middle).abs() >= (cost - middle).abs()[:, None]).float().mean(1)
-    )
+    away = (cost - middle).abs()[:, None]
+    return ((train_costs - middle).abs() >= away).float().mean(1)
 
 
 @exercise(
@@ -55,10 +54,10 @@ def usual(cost, train_costs, centre=torch.median):
     " cost what digits cost.",
 )
 def _(f):
-    known, cost = torch.tensor([*range(1, 11), 40]).float(), torch.tensor(
-        [6.0, 8.0, 4.0, 0.0, 60.0]
-    )
-    got, right = f(cost, known), torch.tensor([1.0, 8 / 11, 8 / 11, 1 / 11, 0.0])
+    known = torch.tensor([*range(1, 11), 40]).float()
+    cost = torch.tensor([6.0, 8.0, 4.0, 0.0, 60.0])
+    got = f(cost, known)
+    right = torch.tensor([1.0, 8 / 11, 8 / 11, 1 / 11, 0.0])
     if got.shape != (5,):
         return f"One number per image, (5,), not {tuple(got.shape)}."
     if torch.allclose(got, right):
@@ -107,9 +106,8 @@ def blend(z, w):
     "For two latents at a right angle this is an arc like slerp's.",
 )
 def _(f):
-    z, w = torch.randn(
-        4, 20000, generator=torch.Generator().manual_seed(0)
-    ), torch.tensor([0.4, 0.3, 0.2, 0.1])
+    z = torch.randn(4, 20000, generator=torch.Generator().manual_seed(0))
+    w = torch.tensor([0.4, 0.3, 0.2, 0.1])
     got = f(z, w)
     if got.shape != z.shape[1:]:
         return f"One latent, {tuple(z.shape[1:])}, not {tuple(got.shape)}."

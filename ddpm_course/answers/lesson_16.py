@@ -93,9 +93,12 @@ _one = torch.ones_like
     "Against our velocity only the sign of c_out changes.",
 )
 def _(param):
-    p, t = Flow(), torch.tensor([0.1, 0.4, 0.9])
-    x0, eps = torch.tensor([[1.0], [2], [3]]), torch.tensor([[0.5], [-1], [2]])
-    x_t, made = p.add_noise(x0, t, eps), param(*arrow(p, t))
+    p = Flow()
+    t = torch.tensor([0.1, 0.4, 0.9])
+    x0 = torch.tensor([[1.0], [2], [3]])
+    eps = torch.tensor([[0.5], [-1], [2]])
+    x_t = p.add_noise(x0, t, eps)
+    made = param(*arrow(p, t))
     if len(made) != 3:
         return "Return three things: c_skip, c_out, c_in."
     if not all(isinstance(c, torch.Tensor) and c.shape == (3,) for c in made):
@@ -104,11 +107,9 @@ def _(param):
             " fits."
         )
     if torch.allclose(convert(x0 - eps, x_t, p, t, param, "x0"), x0, atol=1e-5):
-        return (
-            None
-            if (made[2] == 1).all()
-            else "x0_hat is right; the network sees x_t as it is, so c_in is 1."
-        )
+        if not (made[2] == 1).all():
+            return "x0_hat is right; the network sees x_t as it is, so c_in is 1."
+        return None
     if torch.allclose(convert(eps - x0, x_t, p, t, param, "x0"), x0, atol=1e-5):
         return "That is our own velocity, noise minus data: the sign is the other way."
     if (made[0] == 0).all():
@@ -154,26 +155,23 @@ def _other(**kw):
     "The factor is 1 / sqrt(1 + sigma^2), and is called c_in there.",
 )
 def _(make):
-    p, s = DDPM(1000, "cosine"), torch.tensor([0.1, 1.0, 7.0], dtype=torch.float64)
-    mix = GaussianMixture(
-        torch.tensor([[2.0, 0], [-1, 1.5], [0, -1]], dtype=torch.float64),
-        0.3,
-        [0.5, 0.3, 0.2],
-    )
+    p = DDPM(1000, "cosine")
+    s = torch.tensor([0.1, 1.0, 7.0], dtype=torch.float64)
+    means = torch.tensor([[2.0, 0], [-1, 1.5], [0, -1]], dtype=torch.float64)
+    mix = GaussianMixture(means, 0.3, [0.5, 0.3, 0.2])
     x0 = mix.sample(3, torch.Generator().manual_seed(5))
-    x = x0 + s[:, None] * torch.tensor(
-        [[0.3, -1], [1, 0.5], [-0.7, 0.2]], dtype=torch.float64
-    )
-    got, want, d = (
-        make(mix.denoiser(p), p)(x, s),
-        mix.denoiser(EDM())(x, s),
-        mix.denoiser(p),
-    )
+    eps = torch.tensor([[0.3, -1], [1, 0.5], [-0.7, 0.2]], dtype=torch.float64)
+    x = x0 + s[:, None] * eps
+    d = mix.denoiser(p)
+    got = make(d, p)(x, s)
+    want = mix.denoiser(EDM())(x, s)
     if got is None:
         return "Return the estimate of the clean image, of x's shape."
-    tau, near = same_level(
-        s, EDM(), p
-    ), lambda a: a.shape == got.shape and torch.allclose(got, a, atol=1e-6)
+    tau = same_level(s, EDM(), p)
+
+    def near(a):
+        return a.shape == got.shape and torch.allclose(got, a, atol=1e-6)
+
     if near(want):
         return None
     if near(d(x, tau)):
