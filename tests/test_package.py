@@ -379,3 +379,21 @@ def test_links_between_notebooks_lead_somewhere():
                     f"{path.name}: {link}" for link in links if not (path.parent / link).exists()
                 ]
     assert not bad, "\n".join(bad)
+
+
+def test_the_package_keeps_to_88_columns():
+    "A laptop and a page of the website show no more. nbdev's own lines, __all__, are not ours."
+    bad = []
+    for path in sorted((ROOT / LIB).rglob("*.py")):
+        if path.name == "_modidx.py":
+            continue
+        text = path.read_text(encoding="utf-8")
+        nbdevs = set()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                nbdevs.update(range(node.lineno, node.end_lineno + 1))
+        for number, line in enumerate(text.splitlines(), 1):
+            if len(line) > 88 and number not in nbdevs:
+                where = f"{path.relative_to(ROOT).as_posix()}:{number}"
+                bad.append(f"{where}: {len(line)} columns, {line.strip()[:50]}...")
+    assert not bad, "lines of more than 88 columns; shorten their cells:\n" + "\n".join(bad)
