@@ -60,6 +60,7 @@ def frechet_distance(
             " such bias",
             stacklevel=2,
         )
+
     def root(f):  # R, with R.T @ R the covariance
         return torch.linalg.qr((f - f.mean(0)) / (len(f) - 1) ** 0.5, mode="r").R
 
@@ -114,6 +115,7 @@ def kernel_distance(
             f"sets of {len(fa)} and {len(fb)} do not hold {subsets} parts of"
             f" {size or 'at least 2'} images each: take fewer subsets"
         )
+
     def parts(f, n):
         drawn = torch.randperm(len(f), generator=g)[: n * subsets]
         return f[drawn].split(n)
@@ -252,7 +254,7 @@ def memorisation(
     heldout: Tensor,  # images from the same source, not trained on, best as many
     features=None,  # batch -> (N,D), see `extract`; None: pixels
     ratio: float = 1 / 3,  # of a copy's distance to the next best (Yoon et al. 2023)
-) -> dict:  # shares, their errors and z, median distances: named below
+) -> dict:  # closer, error, expected, z, copies, copies_z, identical, train, heldout
     "Is the training set nearer than data that could as well have been it? z > 3: yes."
     if features is not None:
         generated = extract(features, generated)
@@ -268,15 +270,15 @@ def memorisation(
     # half a grey level in every pixel: rounding
     half = 0 if features is not None else generated[0].numel() ** 0.5 / 255
     return dict(
-        closer=closer,
-        error=error,
+        closer=closer,  # share that is nearer to the training set
+        error=error,  # its standard error
         expected=len(train) / (len(train) + len(heldout)),
         z=z,
-        copies=(copy & mine).double().mean().item(),
+        copies=(copy & mine).double().mean().item(),  # share
         copies_heldout=(copy & ~mine).double().mean().item(),
         copies_z=closer_share(who[copy], len(train), len(heldout))[2],
-        identical=(to_train[:, 0] <= half).double().mean().item(),
-        train=to_train[:, 0].median().item(),
+        identical=(to_train[:, 0] <= half).double().mean().item(),  # share
+        train=to_train[:, 0].median().item(),  # distance
         heldout=to_heldout[:, 0].median().item(),
     )
 

@@ -120,6 +120,7 @@ def predict(
     check_finite(images, "images")
     check_count(batch_size, "batch_size")
     weight = classifier.head.weight
+
     def read(x):
         logits = classifier(as_float(x, weight.dtype).to(weight.device))
         return logits.argmax(1).cpu()

@@ -47,6 +47,7 @@ def write_pretrained(
 
     folder = Path(folder or weights_folder())
     folder.mkdir(parents=True, exist_ok=True)
+
     def half(v):
         v = v.detach().cpu().contiguous()
         return v.to(torch.float16) if v.is_floating_point() else v

@@ -98,7 +98,8 @@ def real_report(
     if split is dls.train:
         train, heldout = rest, dls.valid.images
     else:
-        train, heldout = dls.train.images, rest if len(rest) >= n else dls.test.images
+        train = dls.train.images
+        heldout = rest if len(rest) >= n else dls.test.images
     sets = dict(train=train, heldout=heldout) if len(train) and len(heldout) else {}
     out = report(fresh, None, dls.test.images, classifier, features, seed=seed, **sets)
     if classifier is None:

@@ -68,6 +68,7 @@ def clip(grads, longest, length=_length, up=False):
 def _(fn):
     def made():  # two tensors, of length 5 together
         return [torch.tensor([3.0, 0.0]), torch.tensor([[4.0], [0.0]])]
+
     v = torch.cat([g.flatten() for g in fn(made(), 1.0)])
     s = torch.cat([g.flatten() for g in fn(made(), 10.0)])
 

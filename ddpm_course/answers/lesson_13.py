@@ -149,6 +149,7 @@ def _(f):
         )
     if got.shape != ts.shape or (got < -1e-9).any() or (got > 1 + 1e-9).any():
         return "Times stay between 0 and 1, and both ends stay where they are."
+
     def near(level):
         inside = level[1:-1]
         return torch.allclose(got[1:-1], inside / (1 + inside), atol=1e-6)

@@ -143,7 +143,8 @@ def truncated_snr(process, t):
     ],
 )
 def _(f):
-    process, t = DDPM(1000, "cosine"), torch.tensor([1000, 800, 300, 50])
+    process = DDPM(1000, "cosine")
+    t = torch.tensor([1000, 800, 300, 50])
     w = f(process, t)
     snr = process.snr(t)
     if not isinstance(w, torch.Tensor) or w.shape != (4,):
