@@ -97,7 +97,8 @@ def family_lines(family: str, predict: str) -> tuple:
     from ddpm_course.model import make_process
 
     cls = type(make_process(family))
-    module, used = sys.modules[cls.__module__], {
+    module = sys.modules[cls.__module__]
+    used = {
         n.id
         for n in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(cls))))
         if isinstance(n, ast.Name)
@@ -473,14 +474,12 @@ def main(argv=None):
     except ValueError as e:
         p.error(str(e))
     if args.quick:
-        args.seconds, args.steps, args.n, args.evaluations, args.seeds, args.bits = (
-            1,
-            3,
-            20,
-            [2, 3],
-            [0],
-            2,
-        )
+        args.seconds = 1
+        args.steps = 3
+        args.n = 20
+        args.evaluations = [2, 3]
+        args.seeds = [0]
+        args.bits = 2
     args.runs = args.runs or (
         args.out / "runs" if args.quick else HERE.parent / "runs" / "families"
     )

@@ -32,9 +32,8 @@ def measure(net: str, what: str, size: int, batch: int, device) -> dict:
         device=device,
     )
     x, y = torch.zeros(batch, *shape, device=device), torch.arange(batch, device=device) % 10
-    idle, precision = peak_memory(), (
-        "bfloat16" if what == "train" and device.type == "cuda" else "float32"
-    )
+    idle = peak_memory()
+    precision = "bfloat16" if what == "train" and device.type == "cuda" else "float32"
     if what == "train":
         diff.prepare(
             SimpleNamespace(train=[(x, y)], valid=[], num_classes=10),

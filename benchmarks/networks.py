@@ -178,14 +178,12 @@ def main(argv=None):
 
     dls = data(args)
     if args.quick:
-        args.n, args.seconds, args.steps, args.rounds, args.seeds, args.precision = (
-            12,
-            0.1,
-            1,
-            1,
-            args.seeds[:1],
-            "float32",
-        )
+        args.n = 12
+        args.seconds = 0.1
+        args.steps = 1
+        args.rounds = 1
+        args.seeds = args.seeds[:1]
+        args.precision = "float32"
     dls.to(args.device)
     dls.train.batch_size, quality, results = 32, Quality(dls, args), Results("networks", args, KEY)
     speed = speeds(args.only, dls, args)

@@ -49,10 +49,8 @@ class Guided(torch.nn.Module):
         super().__init__()
         from ddpm_course.guidance import cfg
 
-        self.denoise, self.process = (
-            cfg(diff.ema_model, y.to(diff.device), SCALE, diff.null),
-            diff.process,
-        )
+        self.denoise = cfg(diff.ema_model, y.to(diff.device), SCALE, diff.null)
+        self.process = diff.process
         self.channels = self.out_dim = diff.shape[0]
 
     def forward(self, x, t, *_):
@@ -72,10 +70,8 @@ def by_diffusers(name: str, n: int):
             **DIFFUSERS[name],
         )
         walk.set_timesteps(n, device=diff.device)
-        model, x = (
-            Guided(diff, y),
-            torch.randn(len(y), *diff.shape, device=diff.device) * walk.init_noise_sigma,
-        )
+        model = Guided(diff, y)
+        x = torch.randn(len(y), *diff.shape, device=diff.device) * walk.init_noise_sigma
         for t in walk.timesteps:
             x = walk.step(
                 model(walk.scale_model_input(x, t), t), t, x, **STEP.get(name, {})
@@ -283,16 +279,15 @@ def main(argv=None):
         raise SystemExit(
             f"the peers are set up for the cosine schedule, T = 1000, not {diff.process.config}"
         )
-    results, quality, y = (
-        Results("samplers", args, (*KEY, "seed")),
-        None if args.time else Quality(dls, args),
-        labels(args.n, dls.num_classes),
-    )
-    weights, planned = (
+    results = Results("samplers", args, (*KEY, "seed"))
+    quality = None if args.time else Quality(dls, args)
+    y = labels(args.n, dls.num_classes)
+    weights = (
         "three steps of training"
         if args.quick
         else Path(args.run).name if args.run else "mnist, as shipped"
-    ), plan(args.only, args.quick)
+    )
+    planned = plan(args.only, args.quick)
     for *key, run in [] if args.time else planned:
         for seed in args.seeds if key[0] == "ddpm_course" else args.seeds[:1]:
             done = measure(run, diff, y, args.chunk, seed)

@@ -15,9 +15,8 @@ class SourceAttention(nn.Module):
 
     def __init__(self, channels, heads=4):
         super().__init__()
-        self.mha, self.norm = nn.MultiheadAttention(
-            channels, heads, batch_first=True
-        ), nn.LayerNorm(channels)
+        self.mha = nn.MultiheadAttention(channels, heads, batch_first=True)
+        self.norm = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(
             nn.LayerNorm(channels),
             nn.Linear(channels, channels),
@@ -50,11 +49,9 @@ class SourceTrainer:
     """
 
     def __init__(self, shape, num_classes, device, lr=3e-4, steps=10_000):
-        self.net, self.process, self.device = (
-            source_net(shape[0], num_classes).to(device),
-            DDPM().to(device),
-            device,
-        )
+        self.net = source_net(shape[0], num_classes).to(device)
+        self.process = DDPM().to(device)
+        self.device = device
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
         self.opt = torch.optim.AdamW(self.net.parameters(), lr=lr, foreach=False)
         self.sched = torch.optim.lr_scheduler.OneCycleLR(self.opt, lr, total_steps=steps + 1)

@@ -125,10 +125,8 @@ def measure(row: str, args) -> dict:
     for _ in range(1 + 4 * (args.device.type == "cuda")):
         step()
     repeats = args.steps * (10 if net == "light" or args.device.type == "cuda" else 1)
-    seconds, memory = (
-        statistics.median(timed(step, args.device) for _ in range(repeats)),
-        peak_memory(),
-    )
+    seconds = statistics.median(timed(step, args.device) for _ in range(repeats))
+    memory = peak_memory()
     if variant == "compiled":
         # compiled code hides its operations
         module = our_step(x, y, net == "light", precision="float32", channels_last=False)[1]
@@ -204,7 +202,8 @@ def main(argv=None):
         )
     if args.quick:
         args.steps, args.rounds, args.batch, args.size = 1, 1, 2, 16
-    results, rows = Results("train_step", args, ("row", "round")), args.only or [
+    results = Results("train_step", args, ("row", "round"))
+    rows = args.only or [
         *ROWS,
         *(GPU_ROWS if args.device.type == "cuda" else ["light float32"]),
     ]
