@@ -199,7 +199,11 @@ def test_a_lesson_says_at_the_top_what_it_costs_and_what_may_be_skipped(path):
 @pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
 def test_a_training_of_minutes_may_be_skipped(path):
     "Whoever trains on images for a thousand steps or for minutes says so in the first line."
-    long = r"\.fit\(.*(minutes=|total_steps=by_tier\(.*cpu=(dict\(total_steps=)?\d{3,}|\*\*by_tier\(.*cpu=dict\(total_steps=\d{3,})"
+    steps = r"cpu=(dict\(total_steps=)?\d{3,}"
+    dict_of_steps = r"cpu=dict\(total_steps=\d{3,}"
+    long = (
+        rf"\.fit\(.*(minutes=|total_steps=by_tier\(.*{steps}|\*\*by_tier\(.*{dict_of_steps})"
+    )
     for c in cells(path, "code"):
         if (
             re.search(long, c)

@@ -1,11 +1,14 @@
-"""Run notebooks as somebody meets them who has only installed the package: wheel, clean environment, empty folder, no network.
+"""Run notebooks as somebody meets them who has only installed the package.
 
-usage: python tools/anywhere.py [--workers 2] [--timeout SECONDS] [--without-training] [NOTEBOOK...]      no notebook: all of nbs/
+usage: python tools/anywhere.py [--workers 2] [--timeout SECONDS] [--without-training] [NOTEBOOK...]
 
-The environment holds the wheel, what it requires, and a Jupyter kernel, as links to what is installed here; nothing else can be imported.
-Each notebook is copied by itself into an empty folder and executed top to bottom in a kernel of its own, in the ci tier. Cells that
-nbdev_test skips are skipped. Whatever is not this machine cannot be reached. With --without-training the cells whose first line begins
-with '# training' are left out too: what follows them must find weights, from the package or kept by an earlier run.
+No notebook means all of nbs/. They get a wheel, a clean environment, an empty folder and no
+network. The environment holds the wheel, what it requires, and a Jupyter kernel, as links to what
+is installed here; nothing else can be imported. Each notebook is copied by itself into an empty
+folder and executed top to bottom in a kernel of its own, in the ci tier. Cells that nbdev_test
+skips are skipped. Whatever is not this machine cannot be reached. With --without-training the cells
+whose first line begins with '# training' are left out too: what follows them must find weights,
+from the package or kept by an earlier run.
 """
 
 import argparse
@@ -57,7 +60,8 @@ def _here(address):
 def _guarded(name, which):
     real = getattr(socket.socket, name)
     def call(self, *args):
-        if not _here(args[which]): raise OSError(101, f"no network here: tried to reach {args[which]}")
+        if not _here(args[which]):
+            raise OSError(101, f"no network here: tried to reach {args[which]}")
         return real(self, *args)
     setattr(socket.socket, name, call)
 
@@ -276,7 +280,8 @@ def main() -> int:
                     + (f", leaves {', '.join(left)}" if left else ""),
                     flush=True,
                 )
-            except Exception as e:  # an error in a cell, a timeout, a kernel that died: report it, go on with the next
+            except Exception as e:
+                # an error in a cell, a timeout, a kernel that died: report it, go on with the next
                 bad.append(name)
                 print(
                     f"FAIL {name}: {time.time() - start:.1f} s\n{type(e).__name__}:"

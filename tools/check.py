@@ -1,12 +1,14 @@
-"""All that `make test` checks, in order; stops at the first stage that fails. The working copy is not changed.
+"""All that `make test` checks, in order; stops at the first stage that fails.
 
-usage: python tools/check.py [export] [clean] [ruff] [lessons] [anywhere] [pytest]      no name: all of them
+usage: python tools/check.py [export] [clean] [ruff] [lessons] [anywhere] [pytest]
+
+No name means all of them. The working copy is not changed.
 
     export    ddpm_course/ is what nbdev_export makes of the notebooks
     clean     the notebooks are what nbdev_clean leaves of them (outputs stay)
     ruff      ruff check .
     lessons   OMP_NUM_THREADS=1 WANDB_MODE=offline nbdev_test --n_workers 2
-    anywhere  each notebook by itself: wheel, clean environment, empty folder, no network (tools/anywhere.py)
+    anywhere  tools/anywhere.py: each notebook by itself, from the wheel, without a network
     pytest    pytest -n 2 --dist loadfile tests
 """
 
