@@ -26,7 +26,7 @@ from ddpm_course.unet import (
 def zeroed(
     layer: nn.Module,  # a convolution or a linear layer
 ) -> nn.Module:  # the same one
-    "Start a layer at zero, so that the residual block around it begins as the identity."
+    "Start a layer at zero, so that a residual block around it begins as the identity."
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
@@ -79,8 +79,8 @@ class Gather(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B,C,L) -> (B,C*patch,L/patch)
         n = len(self.patch)
-        for i, p in enumerate(self.patch):
-            x = x.unflatten(2 + 2 * i, (-1, p))  # (B,C, side,p, side,p, ...)
+        cut = [(side // p, p) for side, p in zip(x.shape[2:], self.patch)]
+        x = x.reshape(*x.shape[:2], *sum(cut, ()))  # (B,C, side,p, side,p, ...)
         sides, inside = range(2, 2 + 2 * n, 2), range(3, 3 + 2 * n, 2)
         return x.permute(0, 1, *inside, *sides).flatten(1, 1 + n)
 
@@ -93,13 +93,12 @@ class Scatter(nn.Module):
         self.patch = patch
 
     def forward(self, x: Tensor) -> Tensor:  # (B,C*patch,L/patch) -> (B,C,L)
-        n = len(self.patch)
-        x = x.unflatten(1, (-1, *self.patch))  # (B,C, p,p,..., side,side,...)
+        n, sides = len(self.patch), x.shape[2:]
+        x = x.reshape(x.shape[0], -1, *self.patch, *sides)  # (B,C, p,p, side,side)
         pairs = [(2 + n + i, 2 + i) for i in range(n)]
-        x = x.permute(0, 1, *sum(pairs, ()))  # (B,C, side,p, side,p, ...)
-        for i in range(n):
-            x = x.flatten(2 + i, 3 + i)
-        return x
+        x = x.permute(0, 1, *sum(pairs, ()))  # (B,C, side,p, side,p)
+        whole = [side * p for side, p in zip(sides, self.patch)]
+        return x.reshape(*x.shape[:2], *whole)
 
 # %% ../nbs/06c_light_unet.ipynb #0294c099
 def frames(film: Tensor) -> Tensor:  # (B,C,T,H,W) -> (B*T,C,H,W)
@@ -180,7 +179,7 @@ class CrossAttention(nn.Module):
         mask: Tensor,  # (B,L) True: a real token; False: padding, whatever is in it
     ) -> Tensor:  # (B,C,...)
         tokens = tokens.masked_fill(~mask[..., None], 0)
-        null = self.null.to(tokens).expand(len(x), 1, -1)
+        null = self.null.to(tokens).expand(x.shape[0], 1, -1)
         k, v = self.kv(torch.cat([null, tokens], dim=1)).chunk(2, -1)
         q = self.q(self.norm(x.flatten(2).mT))  # (B,N,C)
         seen = attend(q, k, v, self.heads, F.pad(mask, (1, 0), value=True))
@@ -214,17 +213,25 @@ CONDITIONS = dict(  # what may be asked for -> the argument that makes a network
 
 
 def check_tokens(
-    tokens: Tensor,  # (B,L) numbers of words, or (B,L,context) vectors
+    tokens: Tensor | None,  # (B,L) numbers of words, or (B,L,context) vectors
+    mask: Tensor | None,  # (B,L) True: a real token
     context: int,  # length of a vector
     words: int | None,  # numbers are 1..words, 0 is padding; None: vectors
 ):
-    "Raise a ValueError that says which tokens there are."
-    form = (2, "whole numbers (B,L)") if words else (3, f"vectors (B,L,{context})")
-    fits = tokens.ndim == form[0] and tokens.is_floating_point() == (not words)
-    if not fits or not words and tokens.shape[2] != context:
+    "Raise a ValueError that says which tokens there are; no GPU is made to wait."
+    if tokens is None:
+        raise ValueError("a mask says which tokens are real: give the tokens too")
+    given = f"{tokens.dtype} of shape {tuple(tokens.shape)}"
+    if words and (tokens.ndim != 2 or tokens.is_floating_point()):
+        raise ValueError(f"tokens are whole numbers (B,L), not {given}")
+    if not words and (
+        tokens.ndim != 3
+        or tokens.shape[2] != context
+        or not tokens.is_floating_point()
+    ):
         raise ValueError(
-            f"tokens are {form[1]}, not {tokens.dtype} of shape {tuple(tokens.shape)}"
-            + ("" if words else "; LightUNet(words=...) embeds whole numbers")
+            f"tokens are vectors (B,L,{context}), not {given}; LightUNet(words=...)"
+            " embeds whole numbers"
         )
     if words and tokens.device.type == "cpu" and tokens.numel():
         low, high = tokens.min().item(), tokens.max().item()
@@ -232,6 +239,12 @@ def check_tokens(
             raise ValueError(
                 f"tokens are words 1..{words}, or 0 for padding, not {low}..{high}"
             )
+    L = tokens.shape[1]
+    if mask is not None and (mask.dtype != torch.bool or mask.shape[1:] != (L,)):
+        raise ValueError(
+            f"the mask of these tokens is bool (B,{L}), not {mask.dtype} of shape"
+            f" {tuple(mask.shape)}"
+        )
 
 
 class LightUNet(nn.Module):
@@ -349,7 +362,7 @@ class LightUNet(nn.Module):
 
     def check(self, x, t, cond):  # the arguments of forward
         "Raise a ValueError that says what this network takes."
-        c_in, takes, given = self.config["c_in"], self.takes, self.asked(cond)
+        c_in, takes = self.config["c_in"], self.takes
         if x.ndim != self.dims + 2 or x.shape[1] != c_in:
             raise ValueError(
                 f"this network takes {KINDS[self.dims].format(c_in)}, not"
@@ -363,38 +376,35 @@ class LightUNet(nn.Module):
                 f"{f', or one for each of {frames} frames' if frames else ''}, not"
                 f" {tuple(t.shape)}"
             )
+        given = self.asked(cond)
         if "label" in given:
             check_labels(given["label"], self.num_classes)
-        if "tokens" in given:
-            check_tokens(given["tokens"], takes["context"], takes["words"])
-        shapes = dict(
-            vector=(takes["vector"],),
-            image=(takes["extra"], *x.shape[2:]),
-            mask=given["tokens"].shape[1:2] if "tokens" in given else ("L of tokens",),
-        )
-        for name, shape in shapes.items():
-            if name in given and given[name].shape[1:] != shape:
+        if "tokens" in given or "mask" in given:
+            tokens, mask = given.get("tokens"), given.get("mask")
+            check_tokens(tokens, mask, takes["context"], takes["words"])
+        shapes = dict(vector=(takes["vector"],), image=(takes["extra"], *x.shape[2:]))
+        for name in given.keys() & shapes.keys():
+            if given[name].shape[1:] != shapes[name]:
+                shape = ",".join(map(str, shapes[name]))
                 raise ValueError(
-                    f"{name} is of shape (B,{','.join(map(str, shape))}), not"
-                    f" {tuple(given[name].shape)}"
+                    f"{name} is of shape (B,{shape}), not {tuple(given[name].shape)}"
                 )
-        if "mask" in given and given["mask"].dtype != torch.bool:
-            raise ValueError(
-                f"mask is True or False (a real token?), not {given['mask'].dtype}"
-            )
 
     def embed(self, t, cond):  # -> (B,time_dim); for a clock (B,T): (B,T,time_dim)
         given, told = self.asked(cond), []
         waves = timestep_embedding(t, self.time_dim)
         emb = self.time(waves.to(self.time[0].weight.dtype))
         if self.takes["num_classes"]:
-            nothing = torch.full((1,), self.num_classes, device=t.device)
-            told.append(self.label_emb(given.get("label", nothing)))
+            y = given.get("label")
+            if y is None:
+                y = torch.full((1,), self.num_classes, device=t.device)
+            told.append(self.label_emb(y))
         if self.takes["vector"]:
-            nothing = emb.new_zeros(1, self.takes["vector"])
-            told.append(self.vector_emb(given.get("vector", nothing).to(emb.dtype)))
+            v = given.get("vector")
+            v = emb.new_zeros(1, self.takes["vector"]) if v is None else v.to(emb.dtype)
+            told.append(self.vector_emb(v))
         for v in told:
-            emb = emb + (v if t.ndim < 2 else v[:, None])
+            emb = emb + (v if t.ndim < 2 else v[:, None])  # the same for all frames
         return F.silu(emb)
 
     def look_at(self, x, tokens=None, mask=None):  # -> (B,L,context), (B,L); or ()
@@ -409,7 +419,8 @@ class LightUNet(nn.Module):
             tokens = self.word_emb(tokens) + timestep_embedding(place, context)
         if mask is None:
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=x.device)
-        return tokens.to(x.dtype).expand(len(x), -1, -1), mask.expand(len(x), -1)
+        B = x.shape[0]
+        return tokens.to(x.dtype).expand(B, -1, -1), mask.expand(B, -1)
 
     def beside(self, x, image=None):  # (B,c_in,...) -> (B,c_in+extra,...)
         extra = self.takes["extra"]
@@ -417,7 +428,8 @@ class LightUNet(nn.Module):
             return x
         if image is None:
             image = x.new_zeros(1, extra, *x.shape[2:])
-        return torch.cat([x, image.to(x.dtype).expand(len(x), *image.shape[1:])], dim=1)
+        image = image.to(x.dtype).expand(x.shape[0], *image.shape[1:])
+        return torch.cat([x, image], dim=1)
 
     def forward(
         self,

@@ -109,7 +109,7 @@ def bcast_channels(
     x: Tensor,  # (B,C,...) any number of spatial dimensions; films (B,C,T,...)
 ) -> Tensor:  # (B,C,1,...); (B,C,T,1,...)
     "Shape one value per example and channel so that it adds to `x` at every pixel."
-    v = v.movedim(-1, 1)
+    v = v.mT if v.ndim == 3 else v
     return v.reshape(*v.shape, *[1] * (x.ndim - v.ndim))
 
 
