@@ -12,17 +12,8 @@ import torch
 
 from ..exercises import exercise, several
 from ..process import DDPM
-from ..sampling import euler, heun, sample
-from ddpm_course.solvers import (
-    _by,
-    _moments,
-    _onward,
-    _Past,
-    _ratio,
-    _wide,
-    dpmpp_2m,
-    linear_part,
-)
+from ..sampling import euler, heun, remembers, sample
+from ..solvers import _by, _moments, _ratio, dpmpp_2m, linear_part
 
 LESSON = "14_fast_sampling"
 
@@ -34,7 +25,7 @@ several(
     {
         "the first step of the second chunk of images; the first chunk ended at t = 0": (
             "constant",
-            "the memory ended at t = 0, this step begins at t_max: it starts anew",
+            "a second chunk is a second walk, and every walk has an empty memory",
         ),
         "the last step, to t = 0": (
             "constant",
@@ -49,10 +40,10 @@ several(
             "both steps before it are remembered and finite",
         ),
         "a step of churn(step=dpmpp_2m()) that raises the noise level before it": (
-            "constant",
+            "line",
             (
-                "compare the time where each step begins with the time where the one"
-                " before it ended"
+                "the line goes through two answers, wherever the point was moved in"
+                " between"
             ),
         ),
     },
@@ -60,23 +51,24 @@ several(
 
 # %% ../../nbs/answers/lesson_14.ipynb #1a37e10d
 def dpmpp_exact(form="right"):
-    past = None
+    mine = {}
 
-    def step(denoise, process, x, t, s, generator=None):
-        nonlocal past
+    def rule(denoise, process, x, t, s, generator=None, memory=None):
+        memory = mine if form == "forgets" else {} if memory is None else memory
         (shrink, gain, h), x0_hat = linear_part(process, t, s), denoise(x, t)
         mean = x0_hat
-        if past is not None if form in ("forgets", "infinite") else _onward(past, x, t):
-            q = (
-                h / past.h
-                if form == "infinite"
-                else past.h / h if form == "inverse" else _ratio(h, past.h)
-            )
-            mean = x0_hat + _by(_moments(h)[0] * q, x) * (x0_hat - past.x0)
-        past = _Past(_wide(s), h, x0_hat)
+        if memory:
+            before = linear_part(process, memory["t"], t)[2]
+            ways = dict(infinite=h / before, inverse=before / h)
+            q = ways.get(form, _ratio(h, before))
+            mean = x0_hat + _by(_moments(h)[0] * q, x) * (x0_hat - memory["x0"])
+        memory.update(t=t, x0=x0_hat)
         return _by(shrink, x) * x + _by(gain, x) * mean, x0_hat
 
-    return (lambda *a: step(*a)[0]) if form == "one" else step
+    def one(*a, memory=None):
+        return rule(*a, memory=memory)[0]
+
+    return one if form == "one" else rule
 
 
 @exercise(
@@ -84,12 +76,12 @@ def dpmpp_exact(form="right"):
     "The exact mean of the line",
     "code",
     dpmpp_exact,
-    "Return the step: an inner function step(denoise, process, x, t, s,"
-    " generator=None).",
+    "Return the rule: an inner function rule(denoise, process, x, t, s,"
+    " generator=None, memory=None).",
     [
         (dpmpp_2m, "still the middle"),
         (lambda: heun, "no line yet"),
-        (lambda: 3, "return the step"),
+        (lambda: 3, "return the rule"),
         *[
             (functools.partial(dpmpp_exact, f), w)
             for f, w in dict(
@@ -117,19 +109,20 @@ def _(make):
         (5, 1), generator=torch.Generator().manual_seed(1)
     ).double()
     step, (t, m, s) = make(), (torch.full((5,), v, dtype=f64) for v in (900, 600, 400))
+    told = dict(memory={}) if callable(step) and remembers(step) else {}
     if not callable(step):
         return (
-            "Return the step: an inner function step(denoise, process, x, t, s,"
-            " generator=None)."
+            "Return the rule: an inner function rule(denoise, process, x, t, s,"
+            " generator=None, memory=None)."
         )
-    out = step(straight, process, start, t, m)
+    out = step(straight, process, start, t, m, **told)
     if not (isinstance(out, tuple) and len(out) == 2):
         return "A step returns two things: x_s and x0_hat."
     if not torch.allclose(out[0], euler(straight, process, start, t, m)[0]):
         return "The first step has no line yet: it should be DDIM."
     (shrink, gain, h), x_s = (
         linear_part(process, m, s),
-        step(straight, process, out[0], m, s)[0],
+        step(straight, process, out[0], m, s, **told)[0],
     )
     u = ((x_s - _by(shrink, x_s) * out[0]) / _by(gain, x_s) - 0.2 * lam(m)[:, None]) / (
         0.2 * _by(h, x_s)
@@ -147,15 +140,13 @@ def _(make):
         )
     if not sample(straight, process, start, process.steps(3), make()).isfinite().all():
         return "The step to sigma = 0 is infinitely long: use _ratio for h / h_last."
-    step = make()
-    runs = [
-        sample(straight, process, start, torch.tensor([900.0, 600, 400]), step)
-        for _ in range(2)
-    ]
-    if not torch.equal(*runs):
+    step, low = make(), torch.tensor([600.0, 400, 200])
+    sample(straight, process, start, torch.tensor([900.0, 700, 600]), step)
+    alone, after = (sample(straight, process, start, low, f) for f in (make(), step))
+    if not torch.equal(alone, after):
         return (
-            "A second walk differs from the first: use the memory only if _onward(past,"
-            " x, t)."
+            "A second walk, from where the first one ended, is not what it is alone: keep"
+            " the last answer in memory, which every walk gets anew."
         )
 
 # %% ../../nbs/answers/lesson_14.ipynb #f6ee913a
