@@ -197,14 +197,14 @@ def check_batch(
     condition: Condition,
 ):  # ValueError where the batch does not fit
     "Look at a batch of a Feed; values far outside of the bounds are warned about."
+    what = type(space).__name__.lower()
     if tuple(x.shape[1:]) != space.shape:
-        what = type(space).__name__.lower()
         raise ValueError(
             f"the {what} are {tuple(x.shape[1:])}, the model was made for {space.shape}"
         )
     if eps is not None and eps.shape != x.shape:
         raise ValueError(
-            f"noise of shape {tuple(eps.shape)} for {tuple(x.shape)}: one number each"
+            f"noise of shape {tuple(eps.shape)} for {what} of shape {tuple(x.shape)}"
         )
     condition.check(cond, len(x))
     if x.is_floating_point() and not x.isfinite().all():

@@ -155,7 +155,7 @@ ROOMS = {}  # kind, such as 'process' -> name -> class or function
 
 
 def enter(
-    kind: str,  # 'process', 'prediction', 'sampler', 'network', 'condition', 'space', ...
+    kind: str,  # 'process', 'prediction', 'sampler', 'network', 'condition', ...
     name: str,  # under which it is written down and found again
     makes: bool = False,  # a function that returns the thing, with its settings inside
 ):  # a decorator; ValueError if the name belongs to something else
@@ -179,7 +179,14 @@ def enter(
 
 
 def _address(thing):
-    return thing.__module__, thing.__qualname__
+    # where it is written: a lesson's exported cell is the module that it exports
+    module, name = thing.__module__, thing.__qualname__
+    if module == "__main__":
+        from ddpm_course._modidx import d
+
+        known = [m for m, names in d["syms"].items() if f"{m}.{name}" in names]
+        module = next((m for m in known if ".answers." not in m), module)
+    return module, name
 
 
 def _noting(f, name, cls=None):
@@ -205,14 +212,14 @@ def _noting(f, name, cls=None):
         self = settings.pop(next(iter(says.parameters)))
         # a subclass that nobody entered is something else; who writes its own, may
         if type(self) is cls and "config" not in vars(self):
-            self.config = _described(cls, name, settings)
+            vars(self)["config"] = _described(cls, name, settings)
 
     return noting
 
 
 def _described(thing, name, settings):
-    where = thing.__module__
-    own = where.partition(".")[0] == __name__.partition(".")[0]
+    where = _address(thing)[0]
+    own = where.partition(".")[0] == "ddpm_course"
     foreign = {} if own else dict(module=where)
     return dict(name=name, **{k: _plain(v) for k, v in settings.items()}, **foreign)
 

@@ -22,7 +22,8 @@ def nothing_like(
     if isinstance(y, (dict, tuple, list)):
         if type(null) is not type(y):
             raise ValueError(
-                f"null is a {type(y).__name__} like the condition, not {null!r}"
+                "labels are a tensor with one row per example, (B, ...), or a dict or"
+                f" tuple of such, with a null like it, not {y!r:.80} with null {null!r}"
             )
         return tree(_no_label, y, null)
     return _no_label(y, null)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import choose
+from .core import choose, enter
 from ddpm_course.unet import (
     SelfAttention,
     attend,
@@ -247,6 +247,7 @@ def check_tokens(
         )
 
 
+@enter("network", "LightUNet")
 class LightUNet(nn.Module):
     "The UNet that the later lessons train: for images, and for sound and films too."
 

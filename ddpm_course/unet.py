@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .core import enter
+
 # %% ../nbs/06_unet.ipynb #6609e25c
 class DoubleConv(nn.Module):
     "Conv, norm, GELU, conv, norm; `residual` adds the input, and a GELU after it."
@@ -183,6 +185,7 @@ def check_size(
     )
 
 # %% ../nbs/06_unet.ipynb #919ffb42
+@enter("network", "UNet")
 class UNet(nn.Module):
     "Down, across, up, with skips and attention; the defaults: 15,661,955 parameters."
 
@@ -303,6 +306,7 @@ def check_labels(
     )
 
 
+@enter("network", "UNet_conditional")
 class UNet_conditional(UNet):
     "A UNet that is told the class: a learned vector per label, and one for 'no label'."
 

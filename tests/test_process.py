@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm_course import process
+from ddpm_course import core
 from ddpm_course.process import (
     DDPM,
     SCHEDULES,
@@ -322,7 +322,7 @@ def test_follows_the_module_to_a_device(device):
 def test_device_without_float64(monkeypatch):
     """As on mps: the table goes there as float32, no float64 is ever sent, and what comes back is
     exact."""
-    monkeypatch.setattr(process, "NO_FLOAT64", ("meta",))
+    monkeypatch.setattr(core, "NO_FLOAT64", ("meta",))
     seen, p = [], DDPM()
 
     def move(x):
