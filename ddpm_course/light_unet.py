@@ -256,7 +256,7 @@ class LightUNet(nn.Module):
         c_in: int = 1,  # noisy channels that come in
         c_out: int = 1,  # channels of the prediction
         num_classes: int | None = None,  # None: no labels
-        widths: tuple = (32, 64, 64),  # channels at full size (of the patches), half...
+        widths: tuple = (32, 64, 64),  # channels at full size, half, ... (of patches)
         attention: tuple = (2,),  # levels with attention, 0 is full size
         patch: int = 2,  # so many places along each side are gathered into channels
         time_dim: int = 128,  # length of the embedding; even
@@ -264,7 +264,7 @@ class LightUNet(nn.Module):
         dims: int = 2,  # 1: sound, 2: images, 3: films, whose frames all stay
         context: int | None = None,  # length of the tokens to look at; None: no tokens
         extra: int = 0,  # channels of an image that gets no noise, beside c_in
-        words: int | None = None,  # embed tokens 1..words (0: padding); None: they are
+        words: int | None = None,  # tokens are numbers 1..words, or 0: padding
         vector: int | None = None,  # length of a vector that is told; None: no vector
     ):  # ValueError for a level that does not exist, heads that do not divide, ...
         super().__init__()

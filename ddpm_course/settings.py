@@ -38,6 +38,7 @@ class Settings:
     compile: bool = False
     total_steps: int = 0  # optimizer steps in all; 0: as many as fit into `minutes`
     minutes: float = 0.0  # how long, see `Budget`
+    plan: str = "auto"  # 'one_cycle', 'hold' (as Budget), 'auto': by steps or minutes
     warmup: int = 50  # steps to the highest rate, where `minutes` are given
     decay: float = 0.25  # share of the minutes in which the rate falls
     first_step: int = 0  # where a run was extended: the step from which this counts
@@ -52,6 +53,7 @@ class Settings:
         for name in ("accumulate", "total_steps", "ema_start", "warmup", "first_step"):
             if getattr(self, name) % 1 or getattr(self, name) < 0:
                 raise ValueError(f"{name} is a whole number, not {getattr(self, name)}")
+        choose(self.plan, dict(auto=0, one_cycle=0, hold=0), "plan")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay is a share of the minutes, not {self.decay}")
 
@@ -66,11 +68,15 @@ class Budget:
         seconds: float,  # how long the training may take
         warmup: int = 50,  # steps until the rate is reached
         decay: float = 0.25,  # share of the time in which it falls
+        steps: int | None = None,  # all steps, where they are known beforehand
     ):
         self.opt, self.lr, self.seconds = opt, lr, seconds
         self.warmup, self.decay = warmup, decay
         self.last = 0  # steps done
         self.begin = self.length = None  # of the fall; None: not decided
+        if steps is not None:
+            self.length = max(round(decay * steps), 1)
+            self.begin = steps - self.length
         self.used = 0.0  # seconds used before this object, by earlier parts of a run
         self.marks = []  # (seconds, step) of the last while
         self._set()

@@ -103,13 +103,13 @@ class Trainer:
 
 def schedule(opt, settings: Settings):
     "One cycle where the number of steps is known, else a Budget of time."
-    steps = settings.total_steps - settings.first_step
-    if settings.total_steps:
+    steps = settings.total_steps - settings.first_step if settings.total_steps else None
+    if steps and settings.plan != "hold":
         return torch.optim.lr_scheduler.OneCycleLR(
             opt, settings.lr, total_steps=steps + 1
         )
-    seconds, fall = 60 * settings.minutes, settings.decay
-    return Budget(opt, settings.lr, seconds, settings.warmup, fall)
+    seconds, warmup = 60 * settings.minutes, settings.warmup
+    return Budget(opt, settings.lr, seconds, warmup, settings.decay, steps)
 
 
 def use_layout(model: Model, settings: Settings):

@@ -1,4 +1,4 @@
-"The light network: its size and names, where the embedding enters, any configuration, bad input."
+"The light network: size and names, where conditions enter, any data, any configuration, bad input."
 
 import copy
 import json
@@ -383,6 +383,11 @@ def test_nothing_asked_is_nothing_given():
     hidden = dict(tokens=some, mask=torch.zeros(2, 3, dtype=torch.bool))
     torch.testing.assert_close(net(x, t, hidden), out)
     assert out.isfinite().all()
+    with torch.no_grad():  # the token for 'nothing' is looked at, and is learned
+        for m in net.modules():
+            if isinstance(m, CrossAttention):
+                m.null.add_(1)
+    assert (net(x, t) - out).abs().amax((1, 2, 3)).min() > 1e-6
 
 
 def test_a_tensor_is_a_label_or_a_vector_by_its_type():

@@ -1,4 +1,4 @@
-"The network: its size, its old mistakes, agreement with others, any size and configuration."
+"The network: its size, old mistakes that live in it, agreement with others, any configuration."
 
 import copy
 import json
