@@ -26,7 +26,8 @@ from colab_env import colab_environment  # noqa: E402
 
 LESSONS = ["00_first_taste", "02_forward"]
 CONTROLS = """
-import torch
+import IPython, ipywidgets, torch
+print("with", IPython.__version__, ipywidgets.__version__)
 from tqdm.auto import tqdm
 from ddpm_course.widgets import explore, noise_slider
 for _ in tqdm(range(3), desc="counting"): pass
@@ -311,9 +312,12 @@ def test_a_lesson_runs_and_its_control_moves(lab, browser, shots, name):
     page.context.close()
 
 
-@pytest.mark.parametrize("which", ["lab", "colab"])
-def test_every_kind_of_control(which, request, browser, shots):
+@pytest.mark.parametrize(
+    "which, versions", [("lab", r"with \d+\.\S+ 8\."), ("colab", r"with 7\.34\.0 7\.7\.1")]
+)
+def test_every_kind_of_control(which, versions, request, browser, shots):
     page, complaints = run_all(browser, request.getfixturevalue(which)[0], "controls")
+    assert re.search(versions, page.locator(".jp-OutputArea-output").first.inner_text())
     bar = page.locator(".widget-hbox", has=page.locator(".widget-hprogress")).first
     bar.wait_for(timeout=30_000)
     assert re.search(r"counting.*100%.*3/3", bar.inner_text().replace("\n", " "))
