@@ -24,8 +24,7 @@ from .core import example_generators, grid, show_images, to_float
 
 
 def png(
-    # a figure, axes, images (N,C,H,W), PNG bytes, or None: the figure that pyplot has
-    # open
+    # a figure, axes, images (N,C,H,W), PNG bytes, or None: pyplot's open figure
     drawn,
     scale: int = 4,  # every pixel of images becomes scale x scale
     dpi: int = 80,  # of figures
@@ -38,13 +37,9 @@ def png(
     if isinstance(drawn, bytes):
         return drawn
     if isinstance(drawn, Tensor):
-        image = Image.fromarray(
-            grid(drawn, min(cols, len(drawn)))
-            .repeat_interleave(scale, 1)
-            .repeat_interleave(scale, 2)
-            .permute(1, 2, 0)
-            .numpy()
-        )
+        rows = grid(drawn, min(cols, len(drawn)))
+        rows = rows.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        image = Image.fromarray(rows.permute(1, 2, 0).numpy())
     else:
         image = _figure(drawn, dpi)
     file = io.BytesIO()
@@ -67,9 +62,8 @@ def _figure(drawn, dpi):
     # `savefig` would draw twice where there is a layout
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    return Image.frombuffer(
-        "RGBA", canvas.get_width_height(), canvas.buffer_rgba()
-    ).convert("RGB")
+    size = canvas.get_width_height()
+    return Image.frombuffer("RGBA", size, canvas.buffer_rgba()).convert("RGB")
 
 # %% ../nbs/90_widgets.ipynb #6ba841f8
 _KEPT_SETTINGS = {}  # name of a control -> settings that the learner left
@@ -119,7 +113,9 @@ class Explore:
         )
         self._check_settings()
         self.start = self._first_settings(start or {})
-        self.still = {k: list((still or {}).get(k, v)) for k, v in self.settings.items()}
+        self.still = {
+            k: list((still or {}).get(k, v)) for k, v in self.settings.items()
+        }
         self._take = take
         if take and self.name in _KEPT_FILES:
             take(_KEPT_FILES[self.name])
@@ -555,7 +551,10 @@ def _display(self):
     # the live face is there already: nobody waits for these pictures
     with torch.random.fork_rng([]), contextlib.redirect_stdout(io.StringIO()):
         values = _values_in_time(self, DRAWING)
-    other = {"text/html": waiting_html(self, mark, values), "image/png": _start_png(self)}
+    other = {
+        "text/html": waiting_html(self, mark, values),
+        "image/png": _start_png(self),
+    }
     display(other, raw=True)
 
 
@@ -568,7 +567,7 @@ def _coarse_to_fine(values: list) -> list:  # [0, 1, 2, 3, 4] -> [0, 4, 2, 1, 3]
     order = [0, len(values) - 1]
     step = len(values)
     while step > 1:
-        step = (step + 1) // 2
+        step //= 2
         order += range(0, len(values), step)
     return [values[i] for i in dict.fromkeys(order)]
 
@@ -652,7 +651,8 @@ def redraw_ms(
     return sorted(taken)[len(taken) // 2]
 
 # %% ../nbs/90_widgets.ipynb #1b618bb2
-def _axes(width, height, **kw):  # a figure that pyplot does not know, and its axes
+def _new_figure(width, height, **kw):
+    "A figure that pyplot does not know, and its axes."
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -663,20 +663,21 @@ def _axes(width, height, **kw):  # a figure that pyplot does not know, and its a
     return figure, axs
 
 
-def _fixed(figure):  # the layout is found once: that takes longer than drawing
+def _fix_layout(figure):
+    "Find the layout once: that takes longer than drawing."
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
 
 
-# show images in rows, with a name for each row; returns a function that puts others
-# there
-def _images(ax, x, cols, names=()):
+def _show_images(ax, x, cols, names=()):
+    """Images in rows, with a name for each row; returns a function that puts others
+    there."""
     shown = show_images(x, cols, ax=ax, rows=names).images[0]
     shown.set_interpolation("nearest")  # quicker
     return lambda x: shown.set_data(grid(x, min(cols, len(x))).permute(1, 2, 0))
 
 
-def _normal(shape, seed):
+def _normal_noise(shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -699,7 +700,7 @@ def as_images(
     from ddpm_course.files import read_image
 
     if hasattr(source, "convert"):
-        source = _png_of(source)
+        source = _png_file(source)
     try:
         u8 = read_image(io.BytesIO(source) if isinstance(source, bytes) else source)
     except Exception as error:  # PIL raises a dozen kinds of errors on broken files
@@ -711,7 +712,8 @@ def as_images(
     return to_float(fit_image(u8[None], size, "crop"))
 
 
-def _png_of(image) -> bytes:  # a PIL image
+def _png_file(image) -> bytes:
+    "A PIL image as the bytes of a file."
     file = io.BytesIO()
     image.convert("RGBA" if "A" in image.getbands() else "RGB").save(file, "PNG")
     return file.getvalue()
@@ -732,19 +734,19 @@ def noise_slider(
     "Images at time t, and where on the curves of the schedule that is."
     from ddpm_course.process import DDPM
 
-    roads = (
-        schedules
-        if isinstance(schedules, dict)
-        else {k: DDPM(schedule=k) for k in schedules}
-    )
-    x0, along = as_images(x0)[:4].cpu(), torch.linspace(0, max(ts), 201)[1:]
-    now, noise = dict(x0=x0), _normal((len(x0), 3, *x0.shape[2:]), seed)
-    figure, (left, middle, right) = _axes(
+    roads = schedules
+    if not isinstance(schedules, dict):
+        roads = {k: DDPM(schedule=k) for k in schedules}
+    x0 = as_images(x0)[:4].cpu()
+    now = dict(x0=x0)  # until the learner gives a file
+    noise = _normal_noise((len(x0), 3, *x0.shape[2:]), seed)
+    along = torch.linspace(0, max(ts), 201)[1:]
+    figure, (left, middle, right) = _new_figure(
         8, 1.9, ncols=3, width_ratios=(1 + len(x0), 2.5, 2.5)
     )
-    put = _images(left, x0, len(x0))
-    for ax, title in ((middle, "abar"), (right, "SNR in dB")):
-        ax.set_title(title, fontsize=9)
+    put = _show_images(left, x0, len(x0))
+    middle.set_title("abar", fontsize=9)
+    right.set_title("SNR in dB", fontsize=9)
 
     def decibels(road, t):
         return 10 * road.snr(t).log10()
@@ -756,19 +758,22 @@ def noise_slider(
         )
         for k, road in roads.items()
     }
-    dots = middle.plot([0], [1], "ko")[0], right.plot([0], [0], "ko")[0]
+    (abar_dot,) = middle.plot([0], [1], "ko")
+    (snr_dot,) = right.plot([0], [0], "ko")
     middle.legend(fontsize=7)
     right.set_ylim(-55, 45)
     left.set_title("0.000 * image + 0.000 * noise", fontsize=9)
-    _fixed(figure)
+    _fix_layout(figure)
 
     def draw(t, schedule):
-        road, at = roads[schedule], torch.tensor([float(t)], dtype=torch.float64)
+        road = roads[schedule]
+        at = torch.tensor([float(t)], dtype=torch.float64)
         put(road.add_noise(now["x0"], at, noise[:, : now["x0"].shape[1]]))
-        for dot, y in zip(dots, (road.alpha(at) ** 2, decibels(road, at))):
-            dot.set_data([t], y)
+        abar_dot.set_data([t], road.alpha(at) ** 2)
+        snr_dot.set_data([t], decibels(road, at))
         for k, pair in lines.items():
-            [line.set_linewidth(2.5 if k == schedule else 1) for line in pair]
+            for line in pair:
+                line.set_linewidth(2.5 if k == schedule else 1)
         left.set_title(
             f"{road.alpha(at).item():.3f} * image + {road.sigma(at).item():.3f} *"
             " noise",
@@ -804,31 +809,27 @@ def schedule_designer(
     seed: int = 0,  # of the noise
     name: str = "schedule designer",
 ) -> Explore:
-    """Move the settings of a schedule; see its curve, its end, and what it does to an
-    image."""
+    "Move a schedule's settings; see its curve, its end, what it does to an image."
     from ddpm_course.process import DDPM
 
-    t, x0 = torch.tensor(shown), as_images(x0)[:1].cpu().expand(len(shown), -1, -1, -1)
-    noise = _normal(x0.shape[1:], seed).expand_as(x0)
-    figure, (left, right) = _axes(8, 1.7, ncols=2, width_ratios=(len(shown), 3))
-    put = _images(left, x0, len(shown))
+    t = torch.tensor(shown)
+    x0 = as_images(x0)[:1].cpu().expand(len(shown), -1, -1, -1)
+    noise = _normal_noise(x0.shape[1:], seed).expand_as(x0)
+    figure, (left, right) = _new_figure(8, 1.7, ncols=2, width_ratios=(len(shown), 3))
+    put = _show_images(left, x0, len(shown))
     for kind in ("linear", "cosine"):
         right.plot(DDPM(schedule=kind).abar, lw=0.6)
     (line,) = right.plot(DDPM().abar, "k", lw=2)
     (dots,) = right.plot(t, t * 0, "ko", ms=3)
     right.set_title("abar", fontsize=9)
     left.set_title("t = ", fontsize=9)
-    _fixed(figure)
+    _fix_layout(figure)
 
     def draw(schedule, beta_start, beta_end, offset):
-        road = DDPM(
-            schedule=schedule,
-            **(
-                dict(offset=offset)
-                if schedule == "cosine"
-                else dict(beta_start=beta_start, beta_end=beta_end)
-            ),
-        )
+        if schedule == "cosine":
+            road = DDPM(schedule=schedule, offset=offset)
+        else:
+            road = DDPM(schedule=schedule, beta_start=beta_start, beta_end=beta_end)
         put(road.add_noise(x0, t, noise))
         line.set_ydata(road.abar.numpy())
         dots.set_ydata(road.abar[t].numpy())
@@ -858,8 +859,8 @@ def scrubber(
     denoise,  # (x, t) -> x0_hat
     process,
     x,  # (N,C,H,W) noise; where all samplers start
-    # name -> step of `sample`, such as partial(euler, eta=1.0); None: euler, ancestral
-    # and heun
+    # name -> step of `sample`, such as partial(euler, eta=1.0); None: the three of
+    # STEPS
     samplers: dict | None = None,
     n: int = 50,  # steps
     start: int = 0,  # step at first
@@ -867,26 +868,23 @@ def scrubber(
     seed: int = 0,  # of the noise that a sampler adds
     name: str = "denoising, step by step",
 ) -> Explore:
-    """x_t, x0_hat and their difference, at every step of several samplers from the same
-    noise."""
+    "x_t, x0_hat and their difference, at every step of samplers from the same noise."
     from ddpm_course.sampling import STEPS, sample
 
-    walks, ts = {}, process.steps(n, x.device)
+    ts = process.steps(n, x.device)
+    walks = {}  # sampler -> (t, x_t, x0_hat) of each step
     for kind, step in (samplers or STEPS).items():
         film = walks[kind] = []
-        sample(
-            denoise,
-            process,
-            x,
-            ts,
-            step,
-            lambda t, x, x0, film=film, **_: film.append((t.cpu(), x.cpu(), x0.cpu())),
-            generator=example_generators(seed, len(x)),
-        )
-    figure, (ax,) = _axes(0.62 * len(x) + 0.8, 2.2)
-    put = _images(ax, torch.cat([x] * 3), len(x), ("x_t", "x0_hat", "difference"))
+
+        def keep(t, x, x0, film=film, **_):
+            film.append((t.cpu(), x.cpu(), x0.cpu()))
+
+        generators = example_generators(seed, len(x))
+        sample(denoise, process, x, ts, step, keep, generator=generators)
+    figure, (ax,) = _new_figure(0.62 * len(x) + 0.8, 2.2)
+    put = _show_images(ax, torch.cat([x] * 3), len(x), ("x_t", "x0_hat", "difference"))
     ax.set_title("t", fontsize=9)
-    _fixed(figure)
+    _fix_layout(figure)
 
     def draw(step, sampler):
         t, x_t, x0_hat = walks[sampler][step]
@@ -912,8 +910,7 @@ def scrubber(
 
 # %% ../nbs/90_widgets.ipynb #0c1934f2
 def guidance_grid(
-    # something that samples, as `load_pretrained` gives, or a function (scale, steps)
-    # -> images
+    # what `load_pretrained` gives, or a function (scale, steps) -> images
     model,
     scales=(0, 1, 2, 4, 8),  # guidance: 0 ignores the label, 1 follows it
     steps=(1, 2, 4, 8, 16, 32),  # numbers of steps
@@ -924,13 +921,12 @@ def guidance_grid(
     name: str = "guidance and steps",
 ) -> Explore:
     "Samples from the same noise, against the guidance scale and the number of steps."
-    made = (
-        model
-        if callable(model)
-        else lambda scale, steps: model.sample(
-            labels, cfg_scale=scale, n_steps=steps, seed=seed
-        )
-    )
+
+    def made(scale, steps):
+        if callable(model):
+            return model(scale, steps)
+        return model.sample(labels, cfg_scale=scale, n_steps=steps, seed=seed)
+
     samples = {(w, n): made(w, n).cpu() for n in steps for w in scales}
 
     def draw(scale, steps):
@@ -957,9 +953,12 @@ def particles(
     name: str = "particles",
 ) -> Explore:
     "Points that flow from noise to data over a field of arrows."
-    side, steps = torch.linspace(-bound, bound, 21)[1:-1], len(ts) - 1
-    places, fields = torch.cartesian_prod(side, side), fields or {}
-    figure, (ax,) = _axes(3.6, 3.7)
+    fields = fields or {}
+    steps = len(ts) - 1
+    side = torch.linspace(-bound, bound, 21)[1:-1]
+    places = torch.cartesian_prod(side, side)
+    no_arrows = torch.full_like(places, torch.nan)
+    figure, (ax,) = _new_figure(3.6, 3.7)
     ax.set(
         xlim=(-bound, bound), ylim=(-bound, bound), aspect="equal", xticks=[], yticks=[]
     )
@@ -978,19 +977,15 @@ def particles(
         *next(iter(paths.values()))[0].T, s=7, color="#e4572e", lw=0, zorder=3
     )
     ax.set_title("t", fontsize=9)
-    _fixed(figure)
-    nothing = torch.full_like(places, torch.nan)
+    _fix_layout(figure)
 
     @torch.no_grad()
     def draw(step, arrows):
         t = ts[step]
-        field.set_UVC(
-            *(
-                fields[arrows](places, t)
-                if arrows in fields and step < steps
-                else nothing
-            ).T.numpy()
-        )
+        u = no_arrows
+        if arrows in fields and step < steps:
+            u = fields[arrows](places, t)
+        field.set_UVC(*u.T.numpy())
         points.set_offsets(paths[arrows][step].numpy())
         ax.set_title(f"{arrows}: step {step} of {steps}, t = {float(t):g}", fontsize=9)
         return figure
@@ -1010,9 +1005,7 @@ def particles(
 def attention_maps(
     net,  # a network with `SelfAttention` layers
     *inputs,  # what it is called with; the first example is looked at
-    # 'down, 4 x 4' -> (heads,H,W,H,W): weights of looking from (row, column) at (row,
-    # column)
-) -> dict:
+) -> dict:  # 'down, 4 x 4' -> weights (heads,H,W,H,W), from (row, column) at another
     "What each place looks at, in every attention layer."
     from ddpm_course.unet import SelfAttention
 
@@ -1043,7 +1036,8 @@ def attention_maps(
     try:
         net(*inputs)
     finally:
-        [h.remove() for h in hooks]
+        for h in hooks:
+            h.remove()
     return maps
 
 
@@ -1055,26 +1049,24 @@ def attention_viewer(
     side: int = 176,  # of each of the two pictures, in pixels
     name: str = "attention",
 ) -> Explore:
-    """Click a pixel, see what it looks at: the image on the left, the weights on the
-    right, bright is much."""
-    big = lambda x: torch.nn.functional.interpolate(
-        x[None].float(), (side, side), mode="nearest"
-    )[0]
-    left, red = (
-        big(as_images(image)[0].cpu()).expand(3, -1, -1),
-        torch.tensor([1.0, -1.0, -1.0])[:, None, None],
-    )
+    "Click a pixel of the image on the left; bright on the right is what it looks at."
+
+    def enlarged(x):  # (C,h,w) -> (3,side,side)
+        big = torch.nn.functional.interpolate(x[None].float(), (side, side))
+        return big[0].expand(3, -1, -1)
+
+    left = enlarged(as_images(image)[0].cpu())
+    red = torch.tensor([1.0, -1.0, -1.0])[:, None, None]
 
     def draw(level, head, row, col):
         w = maps[level][min(head, len(maps[level]) - 1)]
         h, v = w.shape[:2]
-        r, c = row * h // places, col * v // places
-        pair = torch.stack(
-            [left, big((2 * w[r, c] / w[r, c].max() - 1)[None]).expand(3, -1, -1)]
-        )
-        top, bottom, near, far = (
-            int(k * side) for k in (r / h, (r + 1) / h, c / v, (c + 1) / v)
-        )
+        r = row * h // places
+        c = col * v // places
+        weights = w[r, c] / w[r, c].max()
+        pair = torch.stack([left, enlarged(2 * weights[None] - 1)])
+        top, bottom = int(r / h * side), int((r + 1) / h * side)
+        near, far = int(c / v * side), int((c + 1) / v * side)
         frame = torch.zeros(side, side, dtype=bool)
         frame[top:bottom, near:far] = True
         frame[top + 2 : bottom - 2, near + 2 : far - 2] = False
@@ -1108,10 +1100,9 @@ def ema_horizon(
     name: str = "horizon of the average",
 ) -> Explore:
     "Raw and averaged weights of a training, and what the average draws."
-    means, k = {
-        h: averaged(path, 1 - 1 / h) for h in samples or horizons
-    }, torch.arange(len(path))
-    figure, (left, middle, right) = _axes(8, 2.4, ncols=3)
+    means = {h: averaged(path, 1 - 1 / h) for h in samples or horizons}
+    k = torch.arange(len(path))
+    figure, (left, middle, right) = _new_figure(8, 2.4, ncols=3)
     (age,) = left.plot(k, k * 0.0)
     left.set(
         xlabel="steps ago", ylabel="share in the average", xlim=(0, min(len(path), 300))
@@ -1124,12 +1115,13 @@ def ema_horizon(
         (line,) = right.plot(path[:, 0])
         right.set(xlabel="step", ylabel="w1")
     else:
-        put = _samples(right, next(iter(samples.values())), wanted)
+        put = _show_samples(right, next(iter(samples.values())), wanted)
     left.set_title("beta", fontsize=9)
-    _fixed(figure)
+    _fix_layout(figure)
 
     def draw(horizon):
-        beta, mean = 1 - 1 / horizon, means[horizon]
+        beta = 1 - 1 / horizon
+        mean = means[horizon]
         share = (1 - beta) * beta ** k.double()
         age.set_ydata(share.numpy())
         left.set(ylim=(0, 1.05 * share[0].item()))
@@ -1150,16 +1142,14 @@ def ema_horizon(
     )
 
 
-# points or images; returns a function that puts others there
-def _samples(ax, x, wanted=None):
+def _show_samples(ax, x, wanted=None):
+    "Points or images; returns a function that puts others there."
     if x.ndim == 4:
-        return _images(ax, x, 8)
+        return _show_images(ax, x, 8)
     from matplotlib.collections import LineCollection
 
-    lines, bound = (
-        ax.add_collection(LineCollection([], colors="0.6", lw=0.5)),
-        1.1 * (x if wanted is None else wanted).abs().max().item(),
-    )
+    lines = ax.add_collection(LineCollection([], colors="0.6", lw=0.5))
+    bound = 1.1 * (x if wanted is None else wanted).abs().max().item()
     points = ax.scatter(*x.T, s=4, lw=0, color="#e4572e")
     ax.set(
         xlim=(-bound, bound),

@@ -55,14 +55,25 @@ LAB_SETTINGS = {  # no pop-up over the page, and every cell in the page, also th
     "notebook-extension/tracker": {"windowingMode": "none"},
 }
 LAB = "(window.jupyterapp ?? window.jupyterlab)"  # 4, 3
-READY = f"""() => {{ const k = {LAB}?.shell.currentWidget?.sessionContext?.session?.kernel;
-                    return k && k.connectionStatus === "connected" && k.status === "idle" }}"""
-CODE = f"""{LAB}.shell.currentWidget.content.widgets.map((w) => w.model).filter((m) => m.type === "code" && m.sharedModel.getSource().trim())"""
-DONE = f"""() => {{ const cells = {CODE};
-    return cells.every((m) => m.executionCount) || cells.some((m) => m.outputs.toJSON().some((o) => o.output_type === "error")) }}"""
-ERRORS = f"""() => {CODE}.flatMap((m) => m.outputs.toJSON().filter((o) => o.output_type === "error").map((o) => m.sharedModel.getSource() + "\\n" + o.traceback.join("\\n")))"""
-SUM = """async (image) => { const bytes = await (await fetch(image.src)).arrayBuffer(), sum = await crypto.subtle.digest("SHA-256", bytes);
-                           return [...new Uint8Array(sum)].map((b) => b.toString(16).padStart(2, "0")).join("") }"""
+READY = f"""() => {{
+  const kernel = {LAB}?.shell.currentWidget?.sessionContext?.session?.kernel;
+  return kernel && kernel.connectionStatus === "connected" && kernel.status === "idle";
+}}"""
+CODE = f"""{LAB}.shell.currentWidget.content.widgets.map((w) => w.model)
+  .filter((m) => m.type === "code" && m.sharedModel.getSource().trim())"""
+FAILED = '(o) => o.output_type === "error"'
+DONE = f"""() => {{
+  const cells = {CODE};
+  return cells.every((m) => m.executionCount)
+    || cells.some((m) => m.outputs.toJSON().some({FAILED}));
+}}"""
+ERRORS = f"""() => {CODE}.flatMap((m) => m.outputs.toJSON().filter({FAILED})
+  .map((o) => m.sharedModel.getSource() + "\\n" + o.traceback.join("\\n")))"""
+SUM = """async (image) => {
+  const bytes = await (await fetch(image.src)).arrayBuffer();
+  const sum = await crypto.subtle.digest("SHA-256", bytes);
+  return [...new Uint8Array(sum)].map((b) => b.toString(16).padStart(2, "0")).join("");
+}"""
 
 
 def free_port() -> int:
@@ -327,7 +338,7 @@ def test_every_kind_of_control(which, versions, request, browser, shots):
     moved.slides(moved.by_keyboard)
     moved.slides(moved.by_mouse)
     moved.changes(moved.by_menu)
-    moved.slides(moved.by_play)
+    moved.changes(moved.by_play)
     clicked.changes(clicked.by_click)
     assert clicked.readouts.all_inner_texts() == ["2", "3"]
     uploaded.changes(uploaded.by_file)

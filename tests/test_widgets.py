@@ -1,4 +1,5 @@
-"""The controls without a kernel, in a real browser: keyboard, mouse, menus, play, a click into the picture, a picture of the reader's own.
+"""The controls without a kernel, in a real browser: keyboard, mouse, menus, play, a click into the
+picture, a picture of the reader's own.
 
 The live face is tested in notebook 90, and moved in JupyterLab in test_lab."""
 
