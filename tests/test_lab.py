@@ -324,7 +324,9 @@ def test_a_lesson_runs_and_its_control_moves(lab, browser, shots, name):
 
 
 @pytest.mark.parametrize(
-    "which, versions", [("lab", r"with \d+\.\S+ 8\."), ("colab", r"with 7\.34\.0 7\.7\.1")]
+    "which, versions",
+    [("lab", r"with \d+\.\S+ 8\."), ("colab", r"with 7\.34\.0 7\.7\.1")],
+    ids=["lab", "colab"],
 )
 def test_every_kind_of_control(which, versions, request, browser, shots):
     page, complaints = run_all(browser, request.getfixturevalue(which)[0], "controls")
