@@ -70,7 +70,7 @@ def _table(path):
 
 def _numbers(row):
     try:
-        return [float(v) for v in row] is not None
+        return [float(v) for v in row] != None
     except ValueError:
         return False
 
