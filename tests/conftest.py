@@ -47,7 +47,7 @@ def pytest_addoption(parser):
         metavar="FILE",
         action="append",
         default=[],
-        help="a file of your own that enters processes: what holds for every family is tested on them",
+        help="a file of yours that enters processes: the tests over all families run on them, too",
     )
 
 
