@@ -138,6 +138,7 @@ def churn(
         on = (level >= low) & (level <= high)
         once, back = level.unique(return_inverse=True)
         raised = time_of(process, once * up, beyond=True)[back]
+        on = on & (raised > now)  # not where the road ends
         t_hat = torch.where(on, raised, now).to(t.device, finest(t.device))
         (a, s_t), (a_hat, s_hat) = process.coeffs(t, x), process.coeffs(t_hat, x)
         keep = torch.where(bcast(on.to(x.device), x), a_hat / a, 1)

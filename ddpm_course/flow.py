@@ -40,7 +40,7 @@ def straightness(
     x: Tensor,  # (B, ...) where the paths start, usually process.init_noise(shape)
     ts: Tensor,  # (n+1,) falling times, usually process.steps(n)
 ) -> Tensor:  # (B,) 0 for a straight path, on which one Euler step is exact
-    "Variance of the velocity eps_hat - x0_hat on each path (Liu et al. 2023, sec. 2.2)."
+    "Variance of the velocity eps_hat - x0_hat on each path (Liu et al. 2023)."
     seen = []
 
     def look(t, x, x0, **_):

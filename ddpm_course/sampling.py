@@ -54,7 +54,7 @@ def euler(
     x: Tensor,  # (B, ...) noisy images at time t
     t: Tensor,  # (B,) now; sigma(t) > 0
     s: Tensor,  # (B,) next, smaller
-    eta: float = 0.0,  # share of fresh noise: 0 is DDIM, 1 has DDPM's posterior variance
+    eta: float = 0.0,  # share of fresh noise: 0 is DDIM, 1 DDPM's posterior variance
     generator=None,  # for eta > 0: a torch.Generator, or one per example
     memory=None,  # not used
 ):  # x_s, x0_hat, both of x's shape; ValueError if eta is not in [0, 1]
@@ -111,9 +111,9 @@ def sample(
     denoise,  # (x, t) -> x0_hat; wrappers such as guidance and clipping have it, too
     process: Process,
     x: Tensor,  # (B, ...) where to start, usually process.prior(shape)
-    ts: Tensor,  # (n+1,) falling times, usually process.steps(n); only the last may be 0
+    ts: Tensor,  # (n+1,) falling, usually process.steps(n); only the last may be 0
     step=euler,  # the rule of each step: euler, ancestral, heun, ..., or a name
-    callback=None,  # callback(i=, t=, s=, x=, x0=): x before the step, x0 estimated there
+    callback=None,  # callback(i=, t=, s=, x=, x0=): x before the step, x0 for it
     **kw,  # settings of the rule; memory={}: to look at, or to go on with later
 ) -> Tensor:  # (B, ...) x at the last time; ValueError for a grid that cannot be walked
     "Walk from noise to data along the time grid."

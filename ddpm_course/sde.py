@@ -18,7 +18,7 @@ from .score import langevin, score_at
 
 @enter("process", "vp")
 class VP(Process):
-    "Variance-preserving SDE (Song et al. 2021, eq. 11): DDPM with infinitely many steps."
+    "Variance-preserving SDE (Song et al. 2021, eq. 11): DDPM in infinitely many steps."
 
     t_end = math.inf  # the formulas go on beyond t_max = 1
 
@@ -236,8 +236,8 @@ def solve_ode(
             )
         return v.cpu().double().flatten().numpy()
 
-    start, seen = x.cpu().double().flatten().numpy(), None if at is None else at.tolist()
-    span = float(t_from), float(t_to)
+    start, span = x.cpu().double().flatten().numpy(), (float(t_from), float(t_to))
+    seen = None if at is None else at.tolist()
     found = solve_ivp(field, span, start, method, seen, rtol=rtol, atol=atol)
     if not found.success:
         raise ValueError(f"the solver stopped at t = {found.t[-1]:g}: {found.message}")

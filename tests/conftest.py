@@ -1,8 +1,10 @@
 """What tests share: the same random numbers in every run, Chromium for the browser tests, and a
 folder for their screenshots."""
 
+import importlib.util
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,22 @@ def pytest_addoption(parser):
             " luck"
         ),
     )
+
+
+    parser.addoption(
+        "--families",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a file of yours that enters processes: the tests over all families run on them, too",
+    )
+
+
+def pytest_configure(config):
+    for path in map(Path, config.getoption("--families")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
 
 
 @pytest.fixture(autouse=True)
