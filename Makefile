@@ -52,7 +52,7 @@ mutants: $(STAMP) ## put known mistakes back one by one and see a test fail
 
 clean: ## remove build products and caches (runs/ stays: it is your work)
 	rm -rf build dist _proc _docs _site .pytest_cache .ruff_cache .hypothesis
-	find . -path ./.venv -prune -o -path ./.git -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints -o -name '*.egg-info' \) -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -path ./.git -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints -o -name '*.egg-info' \) -prune -exec rm -rf {} +
 
-distclean: clean ## remove .venv too
-	rm -rf .venv
+distclean: clean ## remove .venv and .venv-colab too
+	rm -rf .venv .venv-colab
