@@ -54,6 +54,15 @@ def notebook(path: Path, *code: str) -> Path:
 # Every notebook by itself
 
 
+EXPLORE = """from ddpm_course.core import set_seed
+from ddpm_course.widgets import explore
+import matplotlib.pyplot as plt
+allowed = [1, 2]
+def draw(k):
+    if k not in allowed: raise KeyError(f'{k} cannot be drawn')
+    plt.plot([k])"""
+
+
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
     """The stage over notebooks that each need something they will not find, and two that need
@@ -90,6 +99,25 @@ def stage(tmp_path_factory):
             "# training: seconds\nkept.parent.mkdir(parents=True)\nkept.write_text('w')",
             "assert kept.read_text() == 'w'",
         ),
+        notebook(
+            tmp / "apart.ipynb",
+            "import os, tempfile\nfrom pathlib import Path\nhere, there = Path('before'),"
+            " Path(tempfile.mkdtemp(), 'before')\nfor p in here, there: p.write_text('1')",
+            "# training: seconds\nprint('trained')\nfor p in here, there:"
+            " p.write_text('2')\nopen('trained', 'w').close()",
+            "import os\nassert [p.read_text() for p in (here, there)] in (['1', '1'], ['2', '2'])\n"
+            "assert os.path.exists('trained') == (here.read_text() == '2')",
+        ),
+        notebook(tmp / "shown.ipynb", EXPLORE, "explore(draw, k=[1, 2], name='0')"),
+        notebook(
+            tmp / "first.ipynb",
+            "class Wrong:\n    def _repr_html_(self): raise KeyError('cannot be shown')\nWrong()",
+        ),
+        notebook(tmp / "end.ipynb", EXPLORE, "explore(draw, k=[1, 3], name='0')"),
+        notebook(tmp / "magic.ipynb", "try: import ddpm_course\nexcept ImportError:\n    %pip x"),
+        notebook(tmp / "syntax.ipynb", "def f(:"),
+        notebook(tmp / "dies.ipynb", "import os\nos.kill(os.getpid(), 9)"),
+        notebook(tmp / "exits.ipynb", "import sys\nsys.exit(0)", "1 / 0"),
     ]
     return subprocess.run(
         [sys.executable, ROOT / "tools/anywhere.py", "--without-training", *made],
@@ -98,8 +126,9 @@ def stage(tmp_path_factory):
     )
 
 
-def test_the_stage_passes_what_needs_nothing(stage):
-    assert re.search(r"^ok   good: ", stage.stdout, re.M), stage.stdout + stage.stderr
+@pytest.mark.parametrize("name", ["good", "shown", "magic", "apart", "apart, without training"])
+def test_the_stage_passes_what_needs_nothing(stage, name):
+    assert re.search(rf"^ok   {name}: ", stage.stdout, re.M), stage.stdout + stage.stderr
 
 
 @pytest.mark.parametrize(
@@ -111,6 +140,11 @@ def test_the_stage_passes_what_needs_nothing(stage):
         ("undeclared", "ModuleNotFoundError"),
         ("network", "no network here"),
         ("names", "no network here"),
+        ("first", "cannot be shown"),
+        ("end", "3 cannot be drawn"),
+        ("syntax", "SyntaxError"),
+        ("dies", "ended with status 9"),
+        ("exits", "SystemExit"),
     ],
 )
 def test_the_stage_fails_what_needs_more_than_the_wheel(stage, name, why):
