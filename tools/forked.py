@@ -25,6 +25,7 @@ from pathlib import Path
 
 HEAVY = (  # what notebooks import; the package itself they import themselves
     "torch",
+    "torch._dynamo",  # a second, at the first step of an optimizer
     "torchvision",
     "matplotlib.pyplot",
     "matplotlib_inline.backend_inline",
