@@ -139,7 +139,8 @@ RUNNERS = ("colab_env", "forked", "outputs")  # what anywhere.py uses
 @pytest.fixture
 def project(tmp_path):
     "A project with one exported notebook, and the check in it."
-    (tmp_path / "tools").mkdir(), (tmp_path / "nbs").mkdir()
+    for name in ("tools", "nbs", "nbs/answers"):
+        (tmp_path / name).mkdir()
     for name in ("check.py", "anywhere.py", "times.py"):
         shutil.copy(ROOT / "tools" / name, tmp_path / "tools")
     for name in ("settings.ini", "pyproject.toml"):
