@@ -152,10 +152,8 @@ class Results:
     measured. A row replaces the one with its key."""
 
     def __init__(self, name: str, args, key: tuple):
-        self.path, self.key = (
-            args.out / f"{name}{'-gpu' if args.device.type == 'cuda' else ''}.json",
-            key,
-        )
+        self.path = args.out / f"{name}{'-gpu' if args.device.type == 'cuda' else ''}.json"
+        self.key = key
         elsewhere = (
             "out",
             "device",

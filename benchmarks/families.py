@@ -1,16 +1,23 @@
-"""Five families of diffusion models, side by side: the same network, the same images, the same number of training steps.
+"""Five families of diffusion models: the same network, the same images, as many training steps.
 
-A family is a process (what noise does to an image), a prediction (what the network says about it) and the times at which the one
-is trained and the other sampled. All else is shared: network, loop, optimizer, seed, Euler's rule, the noise that samples start
-from. The steps are those that the network makes in --seconds, timed once, before the first training: since the network is the
-same, so is a step, and a machine that is busy for a while is unfair to nobody. Nothing is guided (--guidance 1).
+A family is a process (what noise does to an image), a prediction (what the network says about it)
+and the times at which the one is trained and the other sampled. All else is shared: network, loop,
+optimizer, seed, Euler's rule, the noise that samples start from. The steps are those that the
+network makes in --seconds, timed once, before the first training: since the network is the same, so
+is a step, and a machine that is busy for a while is unfair to nobody. Nothing is
+guided (--guidance 1).
 
-    python benchmarks/families.py                                     all five, MNIST, 240 seconds each
-    python benchmarks/families.py --only flow flow:x0 --seconds 60     one of them with two predictions, a minute each
-    python benchmarks/families.py --picture assets/families.png        also the five side by side, a row each, from the same noise
-    python benchmarks/families.py --data cifar10 --device cuda         on a GPU
+    python benchmarks/families.py
+        all five, MNIST, 240 seconds each
+    python benchmarks/families.py --only flow flow:x0 --seconds 60
+        one of them with two predictions, a minute each
+    python benchmarks/families.py --picture assets/families.png
+        also the five side by side, a row each, from the same noise
+    python benchmarks/families.py --data cifar10 --device cuda
+        on a GPU
 
-Trained models are kept in --runs, and found there when the script is run again: the numbers can be measured anew without training.
+Trained models are kept in --runs, and found there when the script is run again: the numbers can be
+measured anew without training.
 """
 
 import ast
@@ -90,7 +97,8 @@ def family_lines(family: str, predict: str) -> tuple:
     from ddpm_course.model import make_process
 
     cls = type(make_process(family))
-    module, used = sys.modules[cls.__module__], {
+    module = sys.modules[cls.__module__]
+    used = {
         n.id
         for n in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(cls))))
         if isinstance(n, ast.Name)
@@ -223,8 +231,10 @@ def covered(quality, images) -> dict:
 
 
 def bits(diff, dls, n: int, evaluations: int = 100):
-    """Bits per dimension of n test images, each given its label: lesson 15's bound by the probability-flow ODE.
-    Where the noise is below the network's error, measured on as many training images, the noisy image itself is part of the estimate.
+    """Bits per dimension of n labelled test images: lesson 15's bound by the probability-flow ODE.
+
+    Where the noise is below the network's error, measured on as many training images, the noisy
+    image itself is part of the estimate.
     """
     from ddpm_course.core import randn, to_float
     from ddpm_course.likelihood import anchored, bits_per_dim, noise_grid, ode_bound
@@ -464,14 +474,12 @@ def main(argv=None):
     except ValueError as e:
         p.error(str(e))
     if args.quick:
-        args.seconds, args.steps, args.n, args.evaluations, args.seeds, args.bits = (
-            1,
-            3,
-            20,
-            [2, 3],
-            [0],
-            2,
-        )
+        args.seconds = 1
+        args.steps = 3
+        args.n = 20
+        args.evaluations = [2, 3]
+        args.seeds = [0]
+        args.bits = 2
     args.runs = args.runs or (
         args.out / "runs" if args.quick else HERE.parent / "runs" / "families"
     )

@@ -1,6 +1,7 @@
-"""Peak memory of a training step and of guided sampling, against image size and batch. Every case runs in a process of its own.
+"""Peak memory of a training step and of guided sampling, against image size and batch.
 
-On a CPU this is the most that the process ever held, with torch and everything; on a GPU what torch allocated there.
+Every case runs in a process of its own. On a CPU this is the most that the process ever held, with
+torch and everything; on a GPU what torch allocated there.
 
     python benchmarks/memory.py [--sizes 32 64 128] [--batches 8 32]
 """
@@ -31,9 +32,8 @@ def measure(net: str, what: str, size: int, batch: int, device) -> dict:
         device=device,
     )
     x, y = torch.zeros(batch, *shape, device=device), torch.arange(batch, device=device) % 10
-    idle, precision = peak_memory(), (
-        "bfloat16" if what == "train" and device.type == "cuda" else "float32"
-    )
+    idle = peak_memory()
+    precision = "bfloat16" if what == "train" and device.type == "cuda" else "float32"
     if what == "train":
         diff.prepare(
             SimpleNamespace(train=[(x, y)], valid=[], num_classes=10),

@@ -1,13 +1,17 @@
-"""Where should resolution, width and attention go? Light networks of several shapes, each trained for the same seconds.
+"""Where should resolution, width and attention go?
 
-A shape that does less work an image sees more images in the same time; which is worth more is measured, not guessed. Speeds come from
-a race: a few steps of every shape in turn, for several rounds, of which the median counts. On a CPU the seconds are those that one
-thread computed, so that other work on the machine does not count. Each shape then trains for the images of its speed, by the recipe
-of the package.
+Light networks of several shapes are each trained for the same seconds. A shape that does less work
+an image sees more images in the same time; which is worth more is measured, not guessed. Speeds
+come from a race: a few steps of every shape in turn, for several rounds, of which the median
+counts. On a CPU the seconds are those that one thread computed, so that other work on the machine
+does not count. Each shape then trains for the images of its speed, by the recipe of the package.
 
-    python benchmarks/networks.py                                   all shapes
-    python benchmarks/networks.py --only light "no attention" --seconds 300     two of them, for longer
-    python benchmarks/networks.py --only light "no attention" --data shapes     on images in colour
+    python benchmarks/networks.py
+        all shapes
+    python benchmarks/networks.py --only light "no attention" --seconds 300
+        two of them, for longer
+    python benchmarks/networks.py --only light "no attention" --data shapes
+        on images in colour
 """
 
 import statistics
@@ -174,14 +178,12 @@ def main(argv=None):
 
     dls = data(args)
     if args.quick:
-        args.n, args.seconds, args.steps, args.rounds, args.seeds, args.precision = (
-            12,
-            0.1,
-            1,
-            1,
-            args.seeds[:1],
-            "float32",
-        )
+        args.n = 12
+        args.seconds = 0.1
+        args.steps = 1
+        args.rounds = 1
+        args.seeds = args.seeds[:1]
+        args.precision = "float32"
     dls.to(args.device)
     dls.train.batch_size, quality, results = 32, Quality(dls, args), Results("networks", args, KEY)
     speed = speeds(args.only, dls, args)

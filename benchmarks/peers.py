@@ -33,10 +33,8 @@ class Source(Peer):
         from ddpm_course.process import DDPM
         from ddpm_course.training import Diffusion
 
-        self.trainer, self.ticks = (
-            SourceTrainer(shape, num_classes, device, lr or 3e-4, steps=1000),
-            1000,
-        )
+        self.trainer = SourceTrainer(shape, num_classes, device, lr or 3e-4, steps=1000)
+        self.ticks = 1000
         self.device, self.net = device, self.trainer.net
         self.sampler = Diffusion(self.trainer.ema, DDPM(), "eps", shape, num_classes, device=device)
 

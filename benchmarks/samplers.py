@@ -1,15 +1,16 @@
-"""What does a network evaluation buy? Our samplers and those of the peers, on the same weights, all guided, seen by the same judge.
+"""What does a network evaluation buy? Our samplers beside those of the peers.
 
-A guided evaluation is one doubled batch and counts once. The last row is the source's way: 999 ancestral steps, nothing clipped,
-and two separate passes for guidance.
+All draw with the same weights, guided, and are seen by the same judge. A guided evaluation is one
+doubled batch and counts once. The last row is the source's way: 999 ancestral steps, nothing
+clipped, and two separate passes for guidance.
 
     python benchmarks/samplers.py                      all rows, on the weights that ship
     python benchmarks/samplers.py --only source        one group
-    python benchmarks/samplers.py --run runs/mine      on other weights, of a model of MNIST at 32x32
+    python benchmarks/samplers.py --run runs/mine      on other weights (MNIST at 32x32)
     python benchmarks/samplers.py --time               only the clock, for the rows that are there
 
-Seconds come from a race at the end: one chunk of every row in turn, for several rounds, of which the median counts, since shared
-machines drift.
+Seconds come from a race at the end: one chunk of every row in turn, for several rounds, of which
+the median counts, since shared machines drift.
 """
 
 from pathlib import Path
@@ -48,10 +49,8 @@ class Guided(torch.nn.Module):
         super().__init__()
         from ddpm_course.guidance import cfg
 
-        self.denoise, self.process = (
-            cfg(diff.ema_model, y.to(diff.device), SCALE, diff.null),
-            diff.process,
-        )
+        self.denoise = cfg(diff.ema_model, y.to(diff.device), SCALE, diff.null)
+        self.process = diff.process
         self.channels = self.out_dim = diff.shape[0]
 
     def forward(self, x, t, *_):
@@ -71,10 +70,8 @@ def by_diffusers(name: str, n: int):
             **DIFFUSERS[name],
         )
         walk.set_timesteps(n, device=diff.device)
-        model, x = (
-            Guided(diff, y),
-            torch.randn(len(y), *diff.shape, device=diff.device) * walk.init_noise_sigma,
-        )
+        model = Guided(diff, y)
+        x = torch.randn(len(y), *diff.shape, device=diff.device) * walk.init_noise_sigma
         for t in walk.timesteps:
             x = walk.step(
                 model(walk.scale_model_input(x, t), t), t, x, **STEP.get(name, {})
@@ -282,16 +279,15 @@ def main(argv=None):
         raise SystemExit(
             f"the peers are set up for the cosine schedule, T = 1000, not {diff.process.config}"
         )
-    results, quality, y = (
-        Results("samplers", args, (*KEY, "seed")),
-        None if args.time else Quality(dls, args),
-        labels(args.n, dls.num_classes),
-    )
-    weights, planned = (
+    results = Results("samplers", args, (*KEY, "seed"))
+    quality = None if args.time else Quality(dls, args)
+    y = labels(args.n, dls.num_classes)
+    weights = (
         "three steps of training"
         if args.quick
         else Path(args.run).name if args.run else "mnist, as shipped"
-    ), plan(args.only, args.quick)
+    )
+    planned = plan(args.only, args.quick)
     for *key, run in [] if args.time else planned:
         for seed in args.seeds if key[0] == "ddpm_course" else args.seeds[:1]:
             done = measure(run, diff, y, args.chunk, seed)

@@ -1,5 +1,4 @@
-"""The code base that the course grew out of: its network and its training step, mistakes included,
-as the thing to compare with."""
+"""What is compared with: network and training step of the course's source, mistakes and all."""
 
 import copy
 import random
@@ -12,14 +11,12 @@ from ddpm_course.unet import SelfAttention, UNet_conditional
 
 
 class SourceAttention(nn.Module):
-    """As the source has it: nn.MultiheadAttention with its default, which returns (and so computes)
-    the attention weights."""
+    """nn.MultiheadAttention with its default, which returns (and so computes) the weights."""
 
     def __init__(self, channels, heads=4):
         super().__init__()
-        self.mha, self.norm = nn.MultiheadAttention(
-            channels, heads, batch_first=True
-        ), nn.LayerNorm(channels)
+        self.mha = nn.MultiheadAttention(channels, heads, batch_first=True)
+        self.norm = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(
             nn.LayerNorm(channels),
             nn.Linear(channels, channels),
@@ -44,16 +41,17 @@ def source_net(channels: int, num_classes: int) -> nn.Module:
 
 
 class SourceTrainer:
-    """float32 (its mixed precision was never on), labels dropped for a whole batch at once, AdamW and EMA parameter by parameter,
-    a one-cycle learning rate, EMA that only copies for 2,000 steps, the loss read after every step.
+    """How the source trains.
+
+    float32 (its mixed precision was never on), labels dropped for a whole batch at once, AdamW and
+    EMA parameter by parameter, a one-cycle learning rate, EMA that only copies for 2,000 steps, the
+    loss read after every step.
     """
 
     def __init__(self, shape, num_classes, device, lr=3e-4, steps=10_000):
-        self.net, self.process, self.device = (
-            source_net(shape[0], num_classes).to(device),
-            DDPM().to(device),
-            device,
-        )
+        self.net = source_net(shape[0], num_classes).to(device)
+        self.process = DDPM().to(device)
+        self.device = device
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
         self.opt = torch.optim.AdamW(self.net.parameters(), lr=lr, foreach=False)
         self.sched = torch.optim.lr_scheduler.OneCycleLR(self.opt, lr, total_steps=steps + 1)

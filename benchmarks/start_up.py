@@ -1,7 +1,8 @@
-"""How long until something happens: importing ddpm_course.training after torch, and every lesson in the smallest tier.
+"""How long until something happens: the import of ddpm_course.training, and every lesson.
 
-Imports are timed in fresh processes, median of several. A lesson is run as the tests run it, by nbdev_test, alone, on one thread;
-the time includes starting Python.
+Imports, after that of torch, are timed in fresh processes, median of several. A lesson is run in
+the smallest tier, as the tests run it, by nbdev_test, alone, on one thread; the time includes
+starting Python.
 
     python benchmarks/start_up.py [--rounds 7] [--lessons nbs/02_forward.ipynb ...]
 """

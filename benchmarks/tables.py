@@ -1,9 +1,11 @@
 """README's tables are made from the files in benchmarks/results.
 
-usage: python benchmarks/tables.py [--check]      --check changes nothing and fails where README is out of step
+usage: python benchmarks/tables.py [--check]
 
-Between <!-- bench:NAME --> and <!-- /bench --> stands what the script of that name makes of results/NAME.json. Where results/NAME-gpu.json
-has no place yet, it gets one behind that of NAME.
+--check changes nothing and fails where README is out of step.
+
+Between <!-- bench:NAME --> and <!-- /bench --> stands what the script of that name makes of
+results/NAME.json. Where results/NAME-gpu.json has no place yet, it gets one behind that of NAME.
 """
 
 import argparse

@@ -1,19 +1,25 @@
-"""How good are the images after a minute of training, and after five? Ours against what one would use instead.
+"""How good are the images after a minute of training, and after five? Ours against others.
 
-All train on the same images of MNIST (32x32) on the same machine. The clock counts what somebody waits for: reading the data,
-building the model, choosing precision and memory layout, warming up, making batches, validating. It does not count imports, and it
-stops for sampling and judging.
-Ours has a one-cycle learning rate, so every budget is a training of its own; so has the source. The other peers have a constant
-learning rate, so that one long training passes through all budgets.
+All train on the same images of MNIST (32x32) on the same machine. The clock counts what somebody
+waits for: reading the data, building the model, choosing precision and memory layout, warming up,
+making batches, validating. It does not count imports, and it stops for sampling and judging.
 
-    python benchmarks/time_to_quality.py                                   all rows
-    python benchmarks/time_to_quality.py --only ours --budgets 60 --seeds 1     one row
-    python benchmarks/time_to_quality.py --only diffusers --until-quality  goes on to 30 minutes, or to the quality of ours at 300 s
+Ours has a one-cycle learning rate, so every budget is a training of its own; so has the source. The
+other peers have a constant learning rate, so that one long training passes through all budgets.
 
-Quality depends on the number of images, not on the clock. So on a machine that does not stay quiet for hours, time the peers for a
-minute each (--budgets 60), then let `--by-images --budgets 300 --until-quality` train for the images that this speed gives. Ours is
-planned at its start; where a machine changed its speed on the way, `--only ours --by-images` trains again, for exactly the seconds of
-the budget at the median speed of the rows that the clock measured. A row by images keeps what the clock measured, as `clock`.
+    python benchmarks/time_to_quality.py
+        all rows
+    python benchmarks/time_to_quality.py --only ours --budgets 60 --seeds 1
+        one row
+    python benchmarks/time_to_quality.py --only diffusers --until-quality
+        goes on to 30 minutes, or to the quality of ours at 300 s
+
+Quality depends on the number of images, not on the clock. So on a machine that does not stay quiet
+for hours, time the peers for a minute each (--budgets 60), then let `--by-images --budgets 300
+--until-quality` train for the images that this speed gives. Ours is planned at its start; where a
+machine changed its speed on the way, `--only ours --by-images` trains again, for exactly the
+seconds of the budget at the median speed of the rows that the clock measured. A row by images keeps
+what the clock measured, as `clock`.
 """
 
 import statistics

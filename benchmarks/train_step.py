@@ -1,9 +1,10 @@
-"""Images per second, share of what a plain matmul of this machine reaches, and peak memory of one training step.
+"""One training step: images per second, share of what a plain matmul reaches, and peak memory.
 
-Each row runs in a process of its own, in turn, for several rounds, since shared machines drift; the table gives medians. FLOPs are
-those of the network's forward and backward pass, counted by torch; the peak is the best of a few square matmuls in the same
-precision, measured in the same process. Precision and layout, where they are left to the package, are chosen in a process before, so
-that the memory is that of training.
+Each row runs in a process of its own, in turn, for several rounds, since shared machines drift; the
+table gives medians. FLOPs are those of the network's forward and backward pass, counted by torch;
+the peak is the best of a few square matmuls in the same precision, measured in the same process.
+Precision and layout, where they are left to the package, are chosen in a process before, so that
+the memory is that of training.
 
     python benchmarks/train_step.py [--steps 5] [--rounds 3] [--batch 32] [--size 32]
 """
@@ -124,10 +125,8 @@ def measure(row: str, args) -> dict:
     for _ in range(1 + 4 * (args.device.type == "cuda")):
         step()
     repeats = args.steps * (10 if net == "light" or args.device.type == "cuda" else 1)
-    seconds, memory = (
-        statistics.median(timed(step, args.device) for _ in range(repeats)),
-        peak_memory(),
-    )
+    seconds = statistics.median(timed(step, args.device) for _ in range(repeats))
+    memory = peak_memory()
     if variant == "compiled":
         # compiled code hides its operations
         module = our_step(x, y, net == "light", precision="float32", channels_last=False)[1]
@@ -181,9 +180,8 @@ def table(rows: list) -> str:
         "precision",
         "layout",
     ]
-    return (
-        f"{markdown(header, lines)}\n\n{f'A plain matmul reaches {peaks[0]}' + ''.join(f', {p}' for p in peaks[1:]) + '. ' if peaks else ''}{measured_on(rows)}"
-    )
+    reached = f"A plain matmul reaches {', '.join(peaks)}. " if peaks else ""
+    return f"{markdown(header, lines)}\n\n{reached}{measured_on(rows)}"
 
 
 def main(argv=None):
@@ -204,7 +202,8 @@ def main(argv=None):
         )
     if args.quick:
         args.steps, args.rounds, args.batch, args.size = 1, 1, 2, 16
-    results, rows = Results("train_step", args, ("row", "round")), args.only or [
+    results = Results("train_step", args, ("row", "round"))
+    rows = args.only or [
         *ROWS,
         *(GPU_ROWS if args.device.type == "cuda" else ["light float32"]),
     ]

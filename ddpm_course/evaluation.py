@@ -43,13 +43,11 @@ from ddpm_course.judge import (
 def frechet_distance(
     fa: Tensor,  # (N,D) features of generated images
     fb: Tensor,  # (M,D) features of real ones
-    # ValueError for fewer than 2 in a set; a warning where D features are too many for
-    # them
-) -> float:
-    """Squared Wasserstein-2 distance of two Gaussians with the means and covariances of
-    the sets (Heusel et al. 2017, eq. 6)."""
+) -> float:  # ValueError for fewer than 2 in a set; a warning for too few
+    "Squared Wasserstein-2 distance of two Gaussians (Heusel et al. 2017, eq. 6)."
     fa, fb = feature_sets(fa, fb)
-    n, D = min(len(fa), len(fb)), fa.shape[1]
+    n = min(len(fa), len(fb))
+    D = fa.shape[1]
     if n < 2:
         raise ValueError(
             f"a covariance needs at least 2 samples, and many more than the {D}"
@@ -62,17 +60,15 @@ def frechet_distance(
             " such bias",
             stacklevel=2,
         )
-    roots = [
-        torch.linalg.qr((f - f.mean(0)) / (len(f) - 1) ** 0.5, mode="r").R
-        for f in (fa, fb)
-    ]  # R.T @ R is the covariance
-    # the trace of (C_a C_b)^(1/2)
-    overlap = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
-    d = (
-        (fa.mean(0) - fb.mean(0)).pow(2).sum()
-        + sum(R.pow(2).sum() for R in roots)
-        - 2 * overlap
-    )
+
+    def root(f):  # R, with R.T @ R the covariance
+        return torch.linalg.qr((f - f.mean(0)) / (len(f) - 1) ** 0.5, mode="r").R
+
+    roots = [root(fa), root(fb)]
+    means = (fa.mean(0) - fb.mean(0)).pow(2).sum()
+    spreads = sum(R.pow(2).sum() for R in roots)
+    overlap = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()  # tr (C_a C_b)^(1/2)
+    d = means + spreads - 2 * overlap
     return max(d.item(), 0.0)  # rounding may leave -1e-15
 
 
@@ -81,8 +77,7 @@ def fid(
     b: Tensor,  # real ones
     features=None,  # batch -> (N,D), see `extract`; None: a and b are features
 ) -> float:
-    """Frechet distance of two sets of images, seen through features; 'inception' in the
-    name only if these are Inception's."""
+    "Frechet distance of two sets of images, seen through features."
     return frechet_distance(*feature_sets(a, b, features))
 
 # %% ../nbs/09_evaluation.ipynb #5a203e71
@@ -90,52 +85,45 @@ def mmd(
     x: Tensor,  # (N,D)
     y: Tensor,  # (M,D)
 ) -> Tensor:  # () unbiased, so that it may be negative
-    """Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 (Gretton et al.
-    2012, eq. 3; Binkowski et al. 2018)."""
+    "Squared maximum mean discrepancy of a cubic kernel (Gretton et al. 2012, eq. 3)."
 
     def k(a, b):
-        return (a @ b.T / a.shape[1] + 1) ** 3
+        return (a @ b.T / a.shape[1] + 1) ** 3  # Binkowski et al. 2018
 
     def within(a):
-        return (k(a, a).sum() - k(a, a).diagonal().sum()) / (
-            len(a) * (len(a) - 1)
-        )  # no image with itself
+        pairs = len(a) * (len(a) - 1)  # no image with itself
+        return (k(a, a).sum() - k(a, a).diagonal().sum()) / pairs
 
     return within(x) + within(y) - 2 * k(x, y).mean()
 
 # %% ../nbs/09_evaluation.ipynb #e5b251bf
 def kernel_distance(
     fa: Tensor,  # (N,D) features of generated images
-    # (M,D) features of other, real ones; both sets drawn at random: with equal numbers
-    # of each class 0 is not the average
-    fb: Tensor,
-    # disjoint parts, each compared by itself: their spread is the error, a poor one for
-    # fewer than ten
-    subsets: int = 10,
+    fb: Tensor,  # (M,D) of other, real ones; both drawn at random, not class by class
+    subsets: int = 10,  # disjoint parts, whose spread is the error; best ten or more
     size: int | None = None,  # images per part; None: all there are
     seed: int = 0,  # of the division into parts
 ):  # (mean, standard error); ValueError if there are too few for that many parts
-    """Kernel distance, 0 on average for two sets from the same source however few there
-    are; below 0 for a set and itself, which are not two."""
+    "Kernel distance: 0 on average for two sets from the same source, however few."
     if subsets < 1:
         raise ValueError(f"subsets is a number of parts, at least 1, not {subsets}")
     fa, fb = feature_sets(fa, fb)
-    sizes, g = [
-        size or len(f) // subsets for f in (fa, fb)
-    ], torch.Generator().manual_seed(seed)
+    sizes = [size or len(f) // subsets for f in (fa, fb)]
+    g = torch.Generator().manual_seed(seed)
     if min(sizes) < 2 or any(n * subsets > len(f) for n, f in zip(sizes, (fa, fb))):
         raise ValueError(
             f"sets of {len(fa)} and {len(fb)} do not hold {subsets} parts of"
             f" {size or 'at least 2'} images each: take fewer subsets"
         )
-    parts = [
-        f[torch.randperm(len(f), generator=g)[: n * subsets]].split(n)
-        for f, n in zip((fa, fb), sizes)
-    ]
-    d = torch.stack([mmd(x, y) for x, y in zip(*parts)])
-    return d.mean().item(), (
-        (d.std() / subsets**0.5).item() if subsets > 1 else float("nan")
-    )
+
+    def parts(f, n):
+        drawn = torch.randperm(len(f), generator=g)[: n * subsets]
+        return f[drawn].split(n)
+
+    pairs = zip(parts(fa, sizes[0]), parts(fb, sizes[1]))
+    d = torch.stack([mmd(x, y) for x, y in pairs])
+    error = (d.std() / subsets**0.5).item() if subsets > 1 else float("nan")
+    return d.mean().item(), error
 
 
 def kid(
@@ -144,8 +132,7 @@ def kid(
     features=None,  # batch -> (N,D), see `extract`; None: a and b are features
     **kw,  # subsets, size, seed of kernel_distance
 ):  # (mean, standard error)
-    """Kernel distance of two sets of images, seen through features (Binkowski et al.
-    2018)."""
+    "Kernel distance of two sets of images (Binkowski et al. 2018)."
     return kernel_distance(*feature_sets(a, b, features), **kw)
 
 # %% ../nbs/09_evaluation.ipynb #5617da04
@@ -160,32 +147,26 @@ def radii(
         raise ValueError(
             f"a neighbour number {k} takes at least {k + 1} samples, not {len(f)}"
         )
-    return torch.cat(
-        [distances(c, f).kthvalue(k + 1).values for c in f.split(1000)]
-    )  # the nearest is itself
+    # k + 1, because the nearest is itself
+    return torch.cat([distances(c, f).kthvalue(k + 1).values for c in f.split(1000)])
 
 
 def precision_recall(
     a: Tensor,  # generated images, or their features (N,D)
-    # real ones; as many, since the size of a ball depends on how many there are
-    b: Tensor,
+    b: Tensor,  # real ones; as many, since balls are smaller where there are more
     features=None,  # batch -> (N,D), see `extract`; None: a and b are features
     k: int = 3,  # a ball reaches to the k-th neighbour
 ) -> dict:  # precision, recall, f1, each in [0, 1]; a warning for sets of other sizes
-    """Share of generated images in a ball around a real one, of real images in a ball
-    around a generated one (Kynkaanniemi et al. 2019)."""
+    "Shares of a in balls around b, and of b around a (Kynkaanniemi et al. 2019)."
     a, b = feature_sets(a, b, features)
     check_sizes(a, b)
 
     def share(points, centres):
         # the boundary belongs to the ball, whatever the rounding
         r = radii(centres, k) * (1 + 1e-9)
-        return (
-            torch.cat([(distances(c, centres) <= r).any(1) for c in points.split(1000)])
-            .double()
-            .mean()
-            .item()
-        )
+        chunks = points.split(1000)
+        inside = torch.cat([(distances(c, centres) <= r).any(1) for c in chunks])
+        return inside.double().mean().item()
 
     p, r = share(a, b), share(b, a)
     return dict(precision=p, recall=r, f1=2 * p * r / (p + r) if p + r else 0.0)
@@ -196,23 +177,19 @@ def density_coverage(
     b: Tensor,  # real ones; as many, since fewer generated ones reach fewer balls
     features=None,  # batch -> (N,D), see `extract`; None: a and b are features
     k: int = 5,  # a ball reaches to the k-th neighbour
-    # density (1 for the same source), coverage in [0, 1] (1 - 2**-k for the same source
-    # and many samples); a warning for sets of other sizes
-) -> dict:
-    """How many real balls a generated image is in, over k; share of the real balls with
-    a generated image in them (Naeem et al. 2020)."""
+) -> dict:  # density, coverage; for the same source, about 1 and 1 - 2**-k
+    "Real balls around each of a, over k; share of balls that hold one (Naeem 2020)."
     a, b = feature_sets(a, b, features)
     check_sizes(a, b)
-    r, hits, covered = (
-        radii(b, k) * (1 - 1e-9),
-        0,
-        torch.zeros(len(b), dtype=torch.bool),
-    )
+    r = radii(b, k) * (1 - 1e-9)
+    hits = 0
+    covered = torch.zeros(len(b), dtype=torch.bool)
     for chunk in a.split(1000):
         d = distances(chunk, b)
         # where b holds copies, a ball may be a point: it holds what is there
         inside = (d < r) | (d == 0)
-        hits, covered = hits + inside.sum().item(), covered | inside.any(0)
+        hits += inside.sum().item()
+        covered |= inside.any(0)
     return dict(density=hits / (k * len(a)), coverage=covered.double().mean().item())
 
 # %% ../nbs/09_evaluation.ipynb #cf53d620
@@ -221,11 +198,8 @@ def nearest_neighbours(
     b: Tensor,  # (M,...) of the same shape
     k: int = 1,
     chunk: int = 256,  # members of a at once
-    # distances (N,k), nearest first, and indices into b (N,k); ValueError for other
-    # shapes, too few, none, NaN
-):
-    """Which members of b are nearest to each of a, by the Euclidean distance of all
-    their numbers."""
+):  # distances (N,k), nearest first; indices into b (N,k); ValueError if they misfit
+    "Which members of b are nearest to each of a, by Euclidean distance."
     check_count(chunk, "chunk")
     if a.shape[1:] != b.shape[1:]:
         raise ValueError(
@@ -244,7 +218,9 @@ def nearest_neighbours(
     for x in (a, b):
         check_range(x)
         check_finite(x, "members of a set")
-    a, b, out = as_float(a, dtype).flatten(1), as_float(b, dtype).flatten(1), []
+    a = as_float(a, dtype).flatten(1)
+    b = as_float(b, dtype).flatten(1)
+    out = []
     for c in a.split(chunk):
         # fast, but rounded: 4 to spare
         near = torch.cdist(c, b).topk(min(k + 4, len(b)), largest=False).indices
@@ -255,14 +231,13 @@ def nearest_neighbours(
 
 # %% ../nbs/09_evaluation.ipynb #b1ea8b65
 def closer_share(
-    # (n,) index of each one's neighbour; below `train` it is a training image
-    nearest: Tensor,
+    nearest: Tensor,  # (n,) each one's neighbour; below `train` it is a training image
     train: int,
     heldout: int,
 ):  # share, its standard error if training had no influence, z
-    """How many have a training image for a neighbour, against the share of training
-    images among all."""
-    p, n, M = train / (train + heldout), len(nearest), train + heldout
+    "How many have a training image for a neighbour, against the share of these in all."
+    n, M = len(nearest), train + heldout
+    p = train / M
     if n == 0:
         return p, 0.0, 0.0
     # many with the same neighbour count as few
@@ -276,40 +251,34 @@ def closer_share(
 def memorisation(
     generated: Tensor,  # (N,...) images, or features
     train: Tensor,  # the training images
-    # images from the same source that were not trained on, best as many
-    heldout: Tensor,
+    heldout: Tensor,  # images from the same source, not trained on, best as many
     features=None,  # batch -> (N,D), see `extract`; None: pixels
-    # a copy is nearer to one real image than this share of the distance to any other
-    # (Yoon et al. 2023)
-    ratio: float = 1 / 3,
-    # closer, error, expected, z; copies, copies_heldout (shares), copies_z; identical
-    # (share); train, heldout (median distances)
-) -> dict:
-    """Is the training set nearer to generated images than data that could as well have
-    been it? Above z = 3: yes."""
+    ratio: float = 1 / 3,  # of a copy's distance to the next best (Yoon et al. 2023)
+) -> dict:  # closer, error, expected, z, copies, copies_z, identical, train, heldout
+    "Is the training set nearer than data that could as well have been it? z > 3: yes."
     if features is not None:
-        generated, train, heldout = (
-            extract(features, x) for x in (generated, train, heldout)
-        )
-    (to_train, i), (to_heldout, j) = (
-        nearest_neighbours(generated, x, min(2, len(x))) for x in (train, heldout)
-    )
+        generated = extract(features, generated)
+        train = extract(features, train)
+        heldout = extract(features, heldout)
+    to_train, i = nearest_neighbours(generated, train, min(2, len(train)))
+    to_heldout, j = nearest_neighbours(generated, heldout, min(2, len(heldout)))
     d, order = torch.cat([to_train, to_heldout], 1).sort(dim=1, stable=True)
     who = torch.cat([i, len(train) + j], 1).gather(1, order)[:, 0]
-    copy, mine = d[:, 0] < ratio * d[:, 1], who < len(train)
+    copy = d[:, 0] < ratio * d[:, 1]
+    mine = who < len(train)
     closer, error, z = closer_share(who, len(train), len(heldout))
     # half a grey level in every pixel: rounding
     half = 0 if features is not None else generated[0].numel() ** 0.5 / 255
     return dict(
-        closer=closer,
-        error=error,
+        closer=closer,  # share that is nearer to the training set
+        error=error,  # its standard error
         expected=len(train) / (len(train) + len(heldout)),
         z=z,
-        copies=(copy & mine).double().mean().item(),
+        copies=(copy & mine).double().mean().item(),  # share
         copies_heldout=(copy & ~mine).double().mean().item(),
         copies_z=closer_share(who[copy], len(train), len(heldout))[2],
-        identical=(to_train[:, 0] <= half).double().mean().item(),
-        train=to_train[:, 0].median().item(),
+        identical=(to_train[:, 0] <= half).double().mean().item(),  # share
+        train=to_train[:, 0].median().item(),  # distance
         heldout=to_heldout[:, 0].median().item(),
     )
 
@@ -340,31 +309,26 @@ def loss_per_level(
     ts=None,  # (K,) times above 0; None: ten from t_max / 10 to t_max
     seed: int = 0,  # of the noise: the same for every level and every model
     batch_size: int = 256,
-    # t, loss, error: (K,) tensors on the CPU; error is the standard error over the
-    # images; ValueError for too few, other times
-) -> dict:
+) -> dict:  # t, loss, its standard error over the images: (K,) tensors on the CPU
     "The denoising loss at each noise level, to be set against denoiser.loss_floor."
     check_tensor(images)
     check_count(batch_size, "batch_size")
-    ts, device = (
-        _levels(images, labels, ts, denoiser.process.t_max),
-        next(denoiser.parameters(), images).device,
-    )
-    was_training, levels = denoiser.training, []
+    ts = _levels(images, labels, ts, denoiser.process.t_max)
+    device = next(denoiser.parameters(), images).device
+    if labels is not None:
+        labels = torch.as_tensor(labels)
+    levels = []
+    was_training = denoiser.training
     denoiser.eval()
     for t in ts:
-        g, losses = torch.Generator().manual_seed(seed), []
+        g = torch.Generator().manual_seed(seed)
+        losses = []
         for i in range(0, len(images), batch_size):
-            x = as_float(images[i : i + batch_size])
-            eps = torch.randn(x.shape, generator=g)
-            y = (
-                None
-                if labels is None
-                else torch.as_tensor(labels)[i : i + batch_size].to(device)
-            )
-            losses.append(
-                denoiser.loss(x.to(device), y, t.to(device), eps.to(device)).cpu()
-            )
+            at = slice(i, i + batch_size)
+            x = as_float(images[at])
+            eps = torch.randn(x.shape, generator=g).to(device)
+            y = None if labels is None else labels[at].to(device)
+            losses.append(denoiser.loss(x.to(device), y, t.to(device), eps).cpu())
         levels.append(torch.cat(losses).double())
     denoiser.train(was_training)
     losses = torch.stack(levels)

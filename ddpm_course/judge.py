@@ -20,8 +20,7 @@ from .pretrained import manifest, read_pretrained
 
 # %% ../nbs/08b_judge.ipynb #1e8c9d2f
 class Classifier(nn.Module):
-    """A small convolutional classifier of images of one size; its last hidden layer
-    serves as features."""
+    "A small convolutional classifier; its last hidden layer serves as features."
 
     def __init__(
         self,
@@ -38,7 +37,8 @@ class Classifier(nn.Module):
                 nn.ReLU(),
             )
 
-        self.shape, self.num_classes = tuple(shape), num_classes
+        self.shape = tuple(shape)
+        self.num_classes = num_classes
         self.body = nn.Sequential(
             block(shape[0], width, 2 if min(shape[1:]) > 16 else 1),
             block(width, 2 * width, 2),
@@ -51,8 +51,8 @@ class Classifier(nn.Module):
         return self.body(x).mean((2, 3))  # (B,C,H,W) in [-1, 1] -> (B,4*width)
 
     def forward(self, x: Tensor) -> Tensor:
-        # -> (B,K) logits
-        return self.head(F.dropout(self.features(x), 0.1, self.training))
+        f = F.dropout(self.features(x), 0.1, self.training)
+        return self.head(f)  # (B,K) logits
 
 # %% ../nbs/08b_judge.ipynb #0ef0411f
 def shift(
@@ -63,11 +63,15 @@ def shift(
     "Move each image by its own few pixels; the border is repeated."
     B, C, H, W = x.shape
     d = torch.randint(-by, by + 1, (2, B), generator=generator)
-    # (B,1,H,1)
-    rows = (torch.arange(H) + d[0, :, None]).clamp(0, H - 1)[:, None, :, None]
-    cols = (torch.arange(W) + d[1, :, None]).clamp(0, W - 1)[:, None, None, :]
-    b, c = torch.arange(B)[:, None, None, None], torch.arange(C)[None, :, None, None]
-    return x[b.to(x.device), c.to(x.device), rows.to(x.device), cols.to(x.device)]
+    rows = (torch.arange(H) + d[0, :, None]).clamp(0, H - 1)  # (B,H)
+    cols = (torch.arange(W) + d[1, :, None]).clamp(0, W - 1)  # (B,W)
+    index = (
+        torch.arange(B)[:, None, None, None],
+        torch.arange(C)[None, :, None, None],
+        rows[:, None, :, None],
+        cols[:, None, None, :],
+    )
+    return x[tuple(i.to(x.device) for i in index)]
 
 # %% ../nbs/08b_judge.ipynb #3fbe6e02
 def train_classifier(
@@ -77,25 +81,22 @@ def train_classifier(
     device=None,
     seed: int = 0,
 ) -> Classifier:  # in eval mode, on the device
-    """Train the small classifier on the real training split, with images moved by a
-    pixel or two."""
+    "Train the small classifier on the training split, images moved by a pixel or two."
     if not dls.num_classes:
         raise ValueError(f"{dls.name} has no labels: there is nothing to classify")
-    device, g = default_device(device), torch.Generator().manual_seed(seed)
+    device = default_device(device)
+    g = torch.Generator().manual_seed(seed)
+    by = max(dls.shape[1] // 16, 1)
+    steps = epochs * len(dls.train) + 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Classifier(dls.shape, dls.num_classes).to(device)
         opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.05)
-        sched = torch.optim.lr_scheduler.OneCycleLR(
-            opt, lr, total_steps=epochs * len(dls.train) + 1
-        )
+        sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
         for epoch in range(epochs):
             for x, y in dls.train.epoch(epoch):
-                loss = F.cross_entropy(
-                    net(shift(x.to(device), max(dls.shape[1] // 16, 1), g)),
-                    y.to(device),
-                    label_smoothing=0.05,
-                )
+                logits = net(shift(x.to(device), by, g))
+                loss = F.cross_entropy(logits, y.to(device), label_smoothing=0.05)
                 opt.zero_grad()
                 loss.backward()
                 opt.step()
@@ -108,9 +109,7 @@ def predict(
     classifier: Classifier,
     images: Tensor,  # (N,C,H,W) uint8, or floats in [-1, 1]
     batch_size: int = 500,
-    # (N,) int64 on the CPU; ValueError for images of another shape, NaN or infinity; a
-    # warning for floats of another range
-) -> Tensor:
+) -> Tensor:  # (N,) int64 on the CPU; ValueError for another shape, NaN or infinity
     "The class that a classifier reads in each image."
     if tuple(images.shape[1:]) != classifier.shape:
         raise ValueError(
@@ -121,28 +120,24 @@ def predict(
     check_finite(images, "images")
     check_count(batch_size, "batch_size")
     weight = classifier.head.weight
-    return torch.cat(
-        [
-            classifier(as_float(x, weight.dtype).to(weight.device)).argmax(1).cpu()
-            for x in images.split(batch_size)
-        ]
-    )
+
+    def read(x):
+        logits = classifier(as_float(x, weight.dtype).to(weight.device))
+        return logits.argmax(1).cpu()
+
+    return torch.cat([read(x) for x in images.split(batch_size)])
 
 
 def label_accuracy(
     classifier: Classifier,
     images: Tensor,  # (N,C,H,W) uint8, or floats in [-1, 1], real or generated
-    # (N,) whole numbers: the class that each has, or that was asked for
-    labels: Tensor,
-    # share in [0, 1]; ValueError for no images, or not a class of the classifier's for
-    # each
-) -> float:
+    labels: Tensor,  # (N,) whole numbers: the class of each, or that was asked for
+) -> float:  # share in [0, 1]; ValueError for no images, or labels that are no classes
     "Share of the images in which the classifier reads the label."
     if not len(images):
         raise ValueError("there are no images to read: pass at least one")
-    labels = check_labels(
-        torch.as_tensor(labels).cpu(), len(images), classifier.num_classes
-    )
+    labels = torch.as_tensor(labels).cpu()
+    labels = check_labels(labels, len(images), classifier.num_classes)
     return (predict(classifier, images) == labels).float().mean().item()
 
 # %% ../nbs/08b_judge.ipynb #da348efe
@@ -163,20 +158,17 @@ def shipped_classifier(
     return net.to(default_device(device)).eval().requires_grad_(False)
 
 
-# is there a classifier for exactly these images, split as usual?
 def ships(dls) -> bool:
+    "Is there a classifier for exactly these images, split as usual?"
     entry = manifest().get(f"classifier-{dls.name}")
-    return (
-        entry is not None
-        and (
-            tuple(entry["config"]["shape"]),
-            entry["config"]["num_classes"],
-            entry.get("seed", 0),
-        )
-        == (tuple(dls.shape), dls.num_classes, dls.train.seed)
-        and FULL.get(dls.name)
-        == sum(len(b.labels) for b in (dls.train, dls.valid, dls.test))
-    )
+    if entry is None:
+        return False
+    c = entry["config"]
+    made_for = tuple(c["shape"]), c["num_classes"], entry.get("seed", 0)
+    if made_for != (tuple(dls.shape), dls.num_classes, dls.train.seed):
+        return False
+    n = sum(len(b.labels) for b in (dls.train, dls.valid, dls.test))
+    return n == FULL.get(dls.name)
 
 # %% ../nbs/08b_judge.ipynb #c7545325
 def test_accuracy(classifier: Classifier, dls) -> float:
@@ -187,37 +179,27 @@ def test_accuracy(classifier: Classifier, dls) -> float:
 
 def classifier_for(
     dls,  # data.DataLoaders with labels
-    # train one for so long, whatever ships; None: enough for its size
-    epochs: int | None = None,
+    epochs: int | None = None,  # train for so long, whatever ships; None: enough
     device=None,
     cache=None,  # folder for the weights; None: the course's cache folder; False: none
 ) -> Classifier:
-    """A classifier for this data: the one that ships, or one trained on first use and
-    then read from the cache."""
+    "A classifier for this data: the one that ships, or one trained once and cached."
     from safetensors.torch import load, save
 
     if epochs is None and cache is None and ships(dls):
         return shipped_classifier(f"classifier-{dls.name}", device=device)
-    epochs = epochs or max(
-        3, round(80_000 / len(dls.train.labels)) if len(dls.train.labels) < 5000 else 3
-    )
+    n = len(dls.train.labels)
+    if not epochs:
+        epochs = max(3, round(80_000 / n)) if n < 5000 else 3
     # other data, split or size: another classifier
-    first = next(iter(dls.train.epoch(0)))[0]
-    key = hashlib.sha256(
-        repr(
-            (dls.name, dls.shape, dls.num_classes, len(dls.train.labels), epochs)
-        ).encode()
-        + first.cpu().numpy().tobytes()
-    ).hexdigest()[:12]
+    first = next(iter(dls.train.epoch(0)))[0].cpu().numpy().tobytes()
+    recipe = repr((dls.name, dls.shape, dls.num_classes, n, epochs)).encode()
+    key = hashlib.sha256(recipe + first).hexdigest()[:12]
     if cache is False:
         return train_classifier(dls, epochs, device=device)
     path = Path(cache or cache_folder()) / f"classifier-{key}.safetensors"
-    net = (
-        Classifier(dls.shape, dls.num_classes)
-        .to(default_device(device))
-        .eval()
-        .requires_grad_(False)
-    )
+    net = Classifier(dls.shape, dls.num_classes).to(default_device(device))
+    net.eval().requires_grad_(False)
     try:
         net.load_state_dict(load(path.read_bytes()))
     except Exception:  # not there yet, or damaged: train

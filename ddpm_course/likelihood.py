@@ -24,9 +24,7 @@ GREY = 2 / 255  # distance of two of 256 grey levels in [-1, 1]
 def bits_per_dim(
     log_prob: Tensor,  # (B,) nats: the log of a probability or of a density
     shape: tuple,  # of one example, such as (1, 32, 32)
-    # for a density: distance of two grey levels, GREY for images in [-1, 1]; 1: a
-    # probability
-    width: float = 1.0,
+    width: float = 1.0,  # for a density: distance of two grey levels, such as GREY
 ) -> Tensor:  # (B,) bits
     "What one number of an example costs."
     return -(log_prob / math.prod(shape) + math.log(width)) / math.log(2)
@@ -38,15 +36,13 @@ def decoder_log_prob(
     std,  # a number, or (B,): noise level at the last time
     grey: int | None = 256,  # number of grey levels; None: a density, for any data
 ) -> Tensor:  # (B,) nats
-    """How likely x0 is in the last step: the part of a normal law that falls to its
-    grey level (Ho et al. 2020, eq. 13)."""
-    x0, std = _wide(x0), bcast(torch.as_tensor(std), x0).to(_wide(x0))
+    "The part of a normal law that falls to x0's grey level (Ho et al. 2020, eq. 13)."
+    x0 = _wide(x0)
+    std = bcast(torch.as_tensor(std), x0).to(x0)
     if grey is None:
-        return (
-            (-(((x0 - mean) / std) ** 2) / 2 - (2 * math.pi * std**2).log() / 2)
-            .flatten(1)
-            .sum(1)
-        )
+        z = (x0 - mean) / std
+        log_p = -(z**2) / 2 - (2 * math.pi * std**2).log() / 2
+        return log_p.flatten(1).sum(1)
     if x0.abs().max() > 1:
         raise ValueError(
             f"grey levels are in [-1, 1], not {x0.min():g} to {x0.max():g}: for other"
@@ -55,12 +51,10 @@ def decoder_log_prob(
     half = 1 / (grey - 1)
     lo = ((x0 - half - mean) / std).masked_fill(x0 < half - 1, -torch.inf)
     hi = ((x0 + half - mean) / std).masked_fill(x0 > 1 - half, torch.inf)
-    # a normal law is symmetric: work in its lower half, where logarithms keep their
-    # digits
+    # a normal law is symmetric: in its lower half logarithms keep their digits
     up = lo + hi > 0
-    low, top = torch.special.log_ndtr(torch.where(up, -hi, lo)), torch.special.log_ndtr(
-        torch.where(up, -lo, hi)
-    )
+    low = torch.special.log_ndtr(torch.where(up, -hi, lo))
+    top = torch.special.log_ndtr(torch.where(up, -lo, hi))
     return (top + (-(low - top).expm1()).log()).flatten(1).sum(1)
 
 # %% ../nbs/15_likelihood.ipynb #a5816fc5
@@ -68,13 +62,10 @@ def noise_grid(
     process: Process,
     n: int = 100,  # steps
     level: float = 0.01,  # noise level sigma / alpha at the end
-    # (n+1,) falling times, from t_max to that level, in even steps of log SNR;
-    # ValueError if the process has no such level
-) -> Tensor:
+) -> Tensor:  # (n+1,) falling times in even steps of log SNR; ValueError: no such level
     "Times for likelihoods and encodings: they stop above 0, where sigma is 0."
-    strongest = (
-        process.snr(torch.full((1,), float(process.t_max), dtype=torch.float64)) ** -0.5
-    ).item()
+    t_max = torch.full((1,), float(process.t_max), dtype=torch.float64)
+    strongest = (process.snr(t_max) ** -0.5).item()
     if not 0 < level < min(strongest, 80):
         raise ValueError(
             f"the last noise level is above 0 and below {min(strongest, 80):g}, not"
@@ -86,12 +77,8 @@ def noise_grid(
 def _times(process, ts, n, level):
     "The grid that was asked for; ValueError unless it falls and stays above 0."
     ts = noise_grid(process, n, level) if ts is None else _wide(ts)
-    if (
-        ts.ndim == 1
-        and len(ts) > 1
-        and (ts.diff() < 0).all()
-        and (process.sigma(ts) > 0).all()
-    ):
+    falls = ts.ndim == 1 and len(ts) > 1 and (ts.diff() < 0).all()
+    if falls and (process.sigma(ts) > 0).all():
         return ts
     raise ValueError(
         "the times fall and end above 0, where sigma is 0: drop the last one of"
@@ -104,78 +91,56 @@ def variational_bound(
     denoise,  # (x, t) -> x0_hat
     process: Process,
     x0: Tensor,  # (B, ...) clean data
-    # (n+1,) falling times above 0, such as process.steps(1000)[:-1]; None:
-    # noise_grid(process, n, level)
-    ts=None,
+    ts=None,  # (n+1,) falling times above 0; None: noise_grid(process, n, level)
     n: int = 100,  # steps
     level: float = 0.01,  # noise level where the last step begins
     grey: int | None = 256,  # levels of the data; None: a density
-    # of the model's steps: 'posterior' or 'beta', as in sampling.ancestral
-    variance: str = "posterior",
+    variance: str = "posterior",  # or 'beta', as in sampling.ancestral
     generator=None,  # a torch.Generator, or one per example
 ) -> dict:  # prior, decoder, total (B,); steps (n, B), all in nats; ts (n+1,)
-    """Upper bound on -log p(x0), term by term (Ho et al. 2020, eq. 5; Kingma et al.
-    2021); one random x_t for each term."""
+    "Upper bound on -log p(x0), term by term (Ho et al. 2020, eq. 5), one x_t for each."
     ts = _times(process, ts, n, level).to(x0.device)
-    snr, D, steps = process.snr(ts), x0[0].numel(), []
+    snr = process.snr(ts)
+    D = x0[0].numel()
 
     def sq(v):
         return _wide(v).pow(2).flatten(1).sum(1)
 
     def guess(t):
-        return denoise(
-            process.add_noise(x0, t, randn(x0.shape, generator, x0.device, x0.dtype)), t
-        )
+        t = t.expand(len(x0))
+        eps = randn(x0.shape, generator, x0.device, x0.dtype)
+        return denoise(process.add_noise(x0, t, eps), t)
 
+    steps = []
     for i, (t, s) in enumerate(zip(ts[:-1], ts[1:])):
-        r = choose(
-            variance,
-            dict(
-                posterior=torch.ones_like(t),
-                beta=(process.sigma(s) / process.sigma(t)) ** 2,
-            ),
-            "variance",
-        )
-        steps.append(
-            D / 2 * (r - 1 - r.log())
-            + r / 2 * (snr[i + 1] - snr[i]) * sq(x0 - guess(t.expand(len(x0))))
-        )
-    prior, steps = snr[0] / 2 * sq(x0), torch.stack(steps)
-    decoder = -decoder_log_prob(
-        x0, guess(ts[-1].expand(len(x0))), snr[-1] ** -0.5, grey
-    )
-    return dict(
-        prior=prior,
-        steps=steps,
-        decoder=decoder,
-        total=prior + steps.sum(0) + decoder,
-        ts=ts,
-    )
+        beta = (process.sigma(s) / process.sigma(t)) ** 2
+        ratios = dict(posterior=torch.ones_like(t), beta=beta)
+        r = choose(variance, ratios, "variance")  # exact variance over the model's
+        gain = r / 2 * (snr[i + 1] - snr[i])
+        steps.append(D / 2 * (r - 1 - r.log()) + gain * sq(x0 - guess(t)))
+    steps = torch.stack(steps)
+    prior = snr[0] / 2 * sq(x0)
+    decoder = -decoder_log_prob(x0, guess(ts[-1]), snr[-1] ** -0.5, grey)
+    total = prior + steps.sum(0) + decoder
+    return dict(prior=prior, steps=steps, decoder=decoder, total=total, ts=ts)
 
 # %% ../nbs/15_likelihood.ipynb #fb622b56
 def anchored(
     denoise,  # (x, t) -> x0_hat
     process: Process,
     ts: Tensor,  # (K,) rising times
-    # (K,) mean squared error per number of x0_hat at those times, measured on training
-    # data
-    mse: Tensor,
+    mse: Tensor,  # (K,) mean squared error of x0_hat at those times, on training data
 ):  # a denoiser: (x, t) -> x0_hat
-    """Mix the estimate with the noisy image itself, each weighed by the inverse of its
-    error: matters where the noise is below the network's error."""
+    "Mix the estimate with the noisy image itself, each by the inverse of its error."
 
     def mixed(x, t):
         t = torch.as_tensor(t).expand(len(x))
-        error = bcast(
-            torch.as_tensor(
-                np.interp(t.cpu().numpy(), ts.cpu().numpy(), mse.cpu().numpy())
-            ),
-            x,
-        ).to(x)
+        error = np.interp(t.cpu().numpy(), ts.cpu().numpy(), mse.cpu().numpy())
+        error = bcast(torch.as_tensor(error), x).to(x)
         alpha, sigma = process.coeffs(t, x)
-        return (error * alpha * x + sigma**2 * denoise(x, t)) / (
-            error * alpha**2 + sigma**2
-        )  # x / alpha and x0_hat; no division by alpha, which may be 0
+        # of x / alpha and x0_hat; no division by alpha, which may be 0
+        weighed = error * alpha * x + sigma**2 * denoise(x, t)
+        return weighed / (error * alpha**2 + sigma**2)
 
     return mixed
 
@@ -183,8 +148,7 @@ def anchored(
 def make_probes(
     x: Tensor,  # (B, ...)
     n: int = 1,  # random vectors of signs
-    # all axes instead: the exact trace, at the price of one backward pass per dimension
-    exact: bool = False,
+    exact: bool = False,  # all axes instead: the exact trace, D backward passes
     generator=None,
 ) -> Tensor:  # (n or D, B, ...); ValueError if n < 1
     "Vectors whose outer products are the identity on average (Hutchinson 1989)."
@@ -192,12 +156,10 @@ def make_probes(
         raise ValueError(f"an estimate takes at least 1 probe, not {n}")
     D = x[0].numel()
     if exact:
-        return D**0.5 * torch.eye(D, dtype=x.dtype, device=x.device).reshape(
-            D, 1, *x.shape[1:]
-        ).expand(D, *x.shape)
-    return torch.stack(
-        [randn(x.shape, generator, x.device, x.dtype).sign() for _ in range(n)]
-    )
+        axes = D**0.5 * torch.eye(D, dtype=x.dtype, device=x.device)
+        return axes.reshape(D, 1, *x.shape[1:]).expand(D, *x.shape)
+    drawn = [randn(x.shape, generator, x.device, x.dtype) for _ in range(n)]
+    return torch.stack(drawn).sign()
 
 
 def with_trace(
@@ -210,31 +172,27 @@ def with_trace(
         x = x.detach().requires_grad_()
         y = f(x)
         pulled = [torch.autograd.grad(y, x, p, retain_graph=True)[0] for p in probes]
-    return y.detach(), torch.stack(
-        [(p * g).flatten(1).sum(1) for p, g in zip(probes, pulled)]
-    ).mean(0)
+    traces = [(p * g).flatten(1).sum(1) for p, g in zip(probes, pulled)]
+    return y.detach(), torch.stack(traces).mean(0)
 
 # %% ../nbs/15_likelihood.ipynb #5975901d
-# x at t_to, integral of the divergence (B,), evaluations
 def _adaptive(denoise, process, x, t_from, t_to, probes, rtol, atol):
+    "x at t_to, integral of the divergence (B,), evaluations."
     from scipy.integrate import solve_ivp
 
-    velocity, B = probability_flow(denoise, process), len(x)
+    velocity = probability_flow(denoise, process)
+    B = len(x)
+
+    def packed(div, v):  # the state: B integrals, then all numbers of x
+        return torch.cat([div.double().cpu(), v.double().cpu().flatten()]).numpy()
 
     def field(t, state):
         at = torch.as_tensor(state[B:]).to(x).reshape(x.shape)
-        v, div = with_trace(
-            lambda y: velocity(
-                y, torch.full((1,), t, dtype=_wide(x).dtype, device=x.device)
-            ),
-            at,
-            probes,
-        )
-        return torch.cat([div.double().cpu(), v.double().cpu().flatten()]).numpy()
+        t = torch.full((1,), t, dtype=_wide(x).dtype, device=x.device)
+        v, div = with_trace(lambda y: velocity(y, t), at, probes)
+        return packed(div, v)
 
-    start = torch.cat(
-        [torch.zeros(B, dtype=torch.float64), x.double().cpu().flatten()]
-    ).numpy()
+    start = packed(torch.zeros(B), x)
     found = solve_ivp(field, (t_from.item(), t_to.item()), start, rtol=rtol, atol=atol)
     if not found.success:
         raise ValueError(f"the solver stopped at t = {found.t[-1]:g}: {found.message}")
@@ -242,22 +200,23 @@ def _adaptive(denoise, process, x, t_from, t_to, probes, rtol, atol):
     return end[B:].to(x).reshape(x.shape), end[:B].to(x.device), found.nfev
 
 
-def _fixed(denoise, process, x, ts, probes):  # the same along rising times
+def _fixed(denoise, process, x, ts, probes):
+    "The same along rising times."
+    traces = []
+
     def watched(x, t):
         x0_hat, trace = with_trace(lambda y: denoise(y, t), x, probes)
         traces.append(_wide(trace))
         return x0_hat
 
-    traces, a, log_s = [], process.alpha(ts), process.sigma(ts).log()
+    a = process.alpha(ts)
+    log_s = process.sigma(ts).log()
     x = sample(watched, process, x, ts, heun)
     volume = x[0].numel() * (log_s[-1] - log_s[0])
     # the two evaluations of each of Heun's steps
     for i, (u, v) in enumerate(zip(traces[::2], traces[1::2])):
-        volume = (
-            volume
-            + (a[i + 1] - a[i]) * (u + v) / 2
-            - (log_s[i + 1] - log_s[i]) * (a[i] * u + a[i + 1] * v) / 2
-        )
+        volume = volume + (a[i + 1] - a[i]) * (u + v) / 2
+        volume = volume - (log_s[i + 1] - log_s[i]) * (a[i] * u + a[i + 1] * v) / 2
     return x, volume, len(traces)
 
 # %% ../nbs/15_likelihood.ipynb #e0eaaa0c
@@ -265,42 +224,34 @@ def log_likelihood(
     denoise,  # (x, t) -> x0_hat, differentiable
     process: Process,
     x: Tensor,  # (B, ...) data
-    # falling times above 0, such as noise_grid(process, 50, level): Heun on them; None:
-    # steps that adapt to the error
-    ts=None,
+    ts=None,  # falling times above 0: Heun on them; None: steps adapt to the error
     level: float = 0.01,  # noise level that blurs the data, where ts is None
     n_probes: int = 1,  # random vectors for the trace
     exact: bool = False,  # the exact trace instead, for few dimensions
     rtol: float = 1e-5,  # relative and absolute error per step of the adaptive solver
     atol: float = 1e-5,
-    # log-density of the noise at the first time, x -> (B,); None: N(0, sigma^2)
-    prior=None,
+    prior=None,  # log-density at the first time, x -> (B,); None: N(0, sigma^2)
     generator=None,  # a torch.Generator, or one per example
-    # (B,) nats, the log-density of data blurred by the noise level; number of
-    # evaluations
-):
-    """Log-likelihood by the probability-flow ODE (Song et al. 2021, section 4.3; trace:
-    Grathwohl et al. 2019)."""
+):  # (B,) nats, log-density of data blurred by the noise level; number of evaluations
+    "Log-likelihood by the probability-flow ODE (Song et al. 2021, section 4.3)."
     grid = _times(process, ts, 1, level).to(x.device)
-    D, sigma, alpha, start = (
-        x[0].numel(),
-        process.sigma(grid[0]),
-        process.alpha(grid[-1]),
-        process.coeffs(grid[-1], x)[0] * x,
-    )
-    probes = make_probes(x, n_probes, exact, generator)
+    first, last = grid[0], grid[-1]
+    D = x[0].numel()
+    sigma = process.sigma(first)
+    alpha = process.alpha(last)
+    start = process.coeffs(last, x)[0] * x
+    probes = make_probes(x, n_probes, exact, generator)  # Grathwohl et al. 2019
     if ts is None:
         z, volume, n = _adaptive(
-            denoise, process, start, grid[-1], grid[0], probes, rtol, atol
+            denoise, process, start, last, first, probes, rtol, atol
         )
     else:
         z, volume, n = _fixed(denoise, process, start, grid.flip(0), probes)
-    log_p = (
-        -_wide(z).pow(2).flatten(1).sum(1) / (2 * sigma**2)
-        - D / 2 * (2 * math.pi * sigma**2).log()
-        if prior is None
-        else prior(z)
-    )
+    if prior is None:
+        log_p = -_wide(z).pow(2).flatten(1).sum(1) / (2 * sigma**2)
+        log_p = log_p - D / 2 * (2 * math.pi * sigma**2).log()
+    else:
+        log_p = prior(z)
     return log_p + volume + D * alpha.log(), n
 
 # %% ../nbs/15_likelihood.ipynb #62611dff
@@ -309,30 +260,26 @@ def dequantise(
     grey: int = 256,  # their number
     generator=None,
 ) -> Tensor:  # (B, ...) points, at most half a level away
-    """Spread every value evenly over the interval of its grey level; then use
-    bits_per_dim(..., width=2 / (grey - 1))."""
+    "Spread every value evenly over its grey level; bits_per_dim: width 2 / (grey - 1)."
     at = x0.device if generator is None else generator.device
-    u = torch.rand(x0.shape, generator=generator, device=at, dtype=x0.dtype).to(
-        x0.device
-    )
-    return x0 + (2 * u - 1) / (grey - 1)
+    u = torch.rand(x0.shape, generator=generator, device=at, dtype=x0.dtype)
+    return x0 + (2 * u.to(x0.device) - 1) / (grey - 1)
 
 # %% ../nbs/15_likelihood.ipynb #c61fbf32
 def ode_bound(
     denoise,  # (x, t) -> x0_hat, differentiable
     process: Process,
     x0: Tensor,  # (B, ...) clean data
-    # falling times above 0 (Heun on them); None: adaptive steps, down to level
-    ts=None,
+    ts=None,  # falling times above 0 (Heun on them); None: adaptive steps, to level
     level: float = 0.01,  # noise level of the dequantisation, where ts is None
     grey: int | None = 256,  # levels of the data; None: a density
     generator=None,
     **kw,  # as for log_likelihood
 ):  # (B,) nats, a lower bound on log P(x0); number of evaluations
-    """The ODE's likelihood of a slightly noisy image, and the decoder for the rest: to
-    be compared with variational_bound."""
-    grid = _times(process, ts, 1, level)
-    ell, t = process.snr(grid[-1]) ** -0.5, grid[-1].expand(len(x0))
+    "The ODE's likelihood of a slightly noisy image, and the decoder for the rest."
+    last = _times(process, ts, 1, level)[-1]
+    ell = process.snr(last) ** -0.5
+    t = last.expand(len(x0))
     x = x0 + ell.to(x0) * randn(x0.shape, generator, x0.device, x0.dtype)
     log_p, n = log_likelihood(denoise, process, x, ts, level, generator=generator, **kw)
     with torch.no_grad():
@@ -345,16 +292,15 @@ def encode(
     denoise,  # (x, t) -> x0_hat
     process: Process,
     x: Tensor,  # (B, ...) data
-    # falling times above 0, as for `decode`; None: noise_grid(process, n, level)
-    ts=None,
+    ts=None,  # falling times above 0, as for `decode`; None: noise_grid(..., n, level)
     n: int = 50,  # steps
     level: float = 0.01,  # noise level that x is taken to have
     step=heun,  # a deterministic step: heun, or euler (DDIM)
 ) -> Tensor:  # (B, ...) the latent: x at t_max
-    """From an image to its noise, along the probability-flow ODE (Song et al. 2021,
-    section 4.3)."""
+    "From an image to its noise, along the probability-flow ODE (Song et al. 2021)."
     ts = _times(process, ts, n, level).to(x.device)
-    return sample(denoise, process, process.coeffs(ts[-1], x)[0] * x, ts.flip(0), step)
+    start = process.coeffs(ts[-1], x)[0] * x
+    return sample(denoise, process, start, ts.flip(0), step)
 
 
 def decode(
@@ -366,8 +312,7 @@ def decode(
     level: float = 0.01,
     step=heun,
 ) -> Tensor:
-    """The way back: from a latent (B, ...) at t_max to data, with the arguments of
-    `encode`."""
+    "The way back: from a latent (B, ...) at t_max to data; arguments as for `encode`."
     ts = _times(process, ts, n, level).to(z.device)
     x = sample(denoise, process, z, ts, step)
     return x / process.coeffs(ts[-1], x)[0]
@@ -384,13 +329,12 @@ def slerp(
             f"slerp goes between two batches of one shape, not {tuple(a.shape)} and"
             f" {tuple(b.shape)}"
         )
-    w, (u, v) = torch.as_tensor(w).to(a), (
-        x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True) for x in (a, b)
-    )
-    angle = (2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1))).clamp(
-        min=1e-6
-    )  # exact for small angles too
-    return (
-        bcast(((1 - w) * angle).sin() / angle.sin(), a) * a
-        + bcast((w * angle).sin() / angle.sin(), b) * b
-    )
+    w = torch.as_tensor(w).to(a)
+    u = a.flatten(1) / a.flatten(1).norm(dim=1, keepdim=True)
+    v = b.flatten(1) / b.flatten(1).norm(dim=1, keepdim=True)
+    # exact for small angles too
+    angle = 2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1))
+    angle = angle.clamp(min=1e-6)
+    from_a = ((1 - w) * angle).sin() / angle.sin()
+    from_b = (w * angle).sin() / angle.sin()
+    return bcast(from_a, a) * a + bcast(from_b, b) * b

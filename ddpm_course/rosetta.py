@@ -26,16 +26,13 @@ def same_level(
     ts,  # times of `process`, any shape
     process: Process,
     other: Process,
-    # times of `other`, float64 (on mps float32), of the shape and on the device of ts;
-    # levels beyond its strongest give t_max
-) -> Tensor:
-    """The times at which another process has the same noise levels sigma / alpha; data
-    stays data: 0 becomes 0."""
-    ts, (alpha, sigma) = torch.as_tensor(ts), arrow(process, ts)
+) -> Tensor:  # times of `other`, float64 (on mps float32); t_max for stronger levels
+    "The times at which another process has the same noise levels; 0 becomes 0."
+    ts = torch.as_tensor(ts)
+    alpha, sigma = arrow(process, ts)
     times = torch.where(sigma > 0, time_of(other, sigma / alpha), 0).reshape(ts.shape)
-    return times.to(
-        ts.device, torch.float32 if ts.device.type == "mps" else torch.float64
-    )
+    dtype = torch.float32 if ts.device.type == "mps" else torch.float64
+    return times.to(ts.device, dtype)
 
 # %% ../nbs/16_rosetta.ipynb #49287181
 TIMES = dict(  # who: (our time -> theirs, theirs -> ours)
@@ -53,12 +50,12 @@ TIMES = dict(  # who: (our time -> theirs, theirs -> ours)
 
 
 def theirs(name: str, t) -> Tensor:
-    # our time in another's words
+    "Our time in another's words."
     return choose(name, TIMES, "dialect")[0](torch.as_tensor(t))
 
 
 def ours(name: str, t) -> Tensor:
-    # another's time in our words
+    "Another's time in our words."
     return choose(name, TIMES, "dialect")[1](torch.as_tensor(t))
 
 # %% ../nbs/16_rosetta.ipynb #83ffa575
@@ -71,22 +68,25 @@ SHARES = dict(  # what a prediction is made of: its shares of x0 and of eps
 )
 
 # %% ../nbs/16_rosetta.ipynb #8c9adbee
-# a name in PARAMS, or a function of the same kind -> c_skip, c_out
-def skip_out(param, alpha, sigma):
+def skip_out(
+    param,  # a name in PARAMS, or a function of the same kind
+    alpha,
+    sigma,
+):  # c_skip, c_out
     "The row of a prediction; ValueError if the name does not mean here what it says."
-    skip, out = (
-        choose(param, PARAMS, "prediction") if isinstance(param, str) else param
-    )(alpha, sigma)[:2]
-    if not isinstance(param, str):
+    named = isinstance(param, str)
+    row = choose(param, PARAMS, "prediction") if named else param
+    skip, out = row(alpha, sigma)[:2]
+    if not named:
         return skip, out
     a, b = SHARES[param](alpha, sigma)
-    wrong = ((skip * alpha + out * a - 1).abs() > 1e-6) | (
-        (skip * sigma + out * b).abs() > 1e-6
-    )
+    x0_wrong = (skip * alpha + out * a - 1).abs() > 1e-6
+    eps_left = (skip * sigma + out * b).abs() > 1e-6
+    wrong = x0_wrong | eps_left
     if (wrong & skip.isfinite()).any():
+        needs = dict(v="alpha^2 + sigma^2", velocity="alpha + sigma").get(param)
         raise ValueError(
-            f"{param!r} needs"
-            f" {dict(v='alpha^2 + sigma^2', velocity='alpha + sigma').get(param)} = 1,"
+            f"{param!r} needs {needs} = 1,"
             f" but here alpha is {alpha[wrong][0]:.3g} and sigma {sigma[wrong][0]:.3g}:"
             " go to a process where it holds (same_level), or name what the network"
             " says otherwise"
@@ -99,15 +99,15 @@ def convert(
     x_t: Tensor,  # (B, ...) the noisy images that it says it about
     process: Process,
     t,  # (B,) their times, or one for all; sigma(t) > 0
-    # what `value` is: 'eps', 'x0', 'v', 'score' (sigma times the score), 'velocity', or
-    # (alpha, sigma) -> c_skip, c_out, c_in
-    frm,
+    frm,  # what `value` is: a name in SHARES, or (alpha, sigma) -> c_skip, c_out, c_in
     to,  # what it shall become
 ) -> Tensor:  # (B, ...); ValueError where one does not determine the other
     "The same estimate in other words, by way of x0_hat = c_skip * x_t + c_out * F."
     alpha, sigma = arrow(process, t)
-    (skip, out), (skip_2, out_2) = (skip_out(p, alpha, sigma) for p in (frm, to))
-    a, b = (skip - skip_2) / out_2, out / out_2
+    skip, out = skip_out(frm, alpha, sigma)
+    skip_2, out_2 = skip_out(to, alpha, sigma)
+    a = (skip - skip_2) / out_2
+    b = out / out_2
     if not (a.isfinite() & b.isfinite()).all():
         raise ValueError(
             f"{frm!r} does not determine {to!r} where alpha or sigma is 0: alpha from"
@@ -122,8 +122,8 @@ def translate(
     trained: Process,
     process: Process,  # the one to denoise on instead
 ):  # (x, t, ...) -> x0_hat, made for `process`; further arguments are passed on
-    """Let a denoiser of one process work on another: the time with the same noise
-    level, the image at the same length (Karras et al. 2022, appendix C)."""
+    "Let a denoiser of one process work on another (Karras et al. 2022, appendix C)."
+    # at the time with the same noise level, on the image of the same length
 
     def length(p, t):
         return torch.stack(arrow(p, t)).norm(dim=0)
@@ -139,24 +139,19 @@ def translate(
 # %% ../nbs/16_rosetta.ipynb #dcc28335
 def loss_weight(
     process: Process,
-    # what the network predicts: a name in PARAMS, or (alpha, sigma) -> c_skip, c_out,
-    # c_in
-    param,
+    param,  # of the network: a name in PARAMS, or (alpha, sigma) -> c_skip, c_out, c_in
     lam: Tensor,  # (K,) log-SNR: 2 log(alpha / sigma); much noise is negative
     n: int = 1_000_000,  # training times to draw
     width: float = 0.5,  # of the window in which they are counted
     seed: int = 0,
 ) -> Tensor:  # (K,) float64; 0 where training never looks
-    """How much an error of x0_hat counts at each noise level in the plain loss:
-    p(lambda) / c_out^2 (after Kingma and Gao 2023)."""
+    "How much an error of x0_hat counts: p(lambda) / c_out^2 (Kingma and Gao 2023)."
     t = process.sample_t(n, generator=torch.Generator().manual_seed(seed)).double()
-    seen, lam = process.snr(t).cpu().log().sort().values, lam.cpu().double()
-    count = torch.searchsorted(seen, lam + width / 2) - torch.searchsorted(
-        seen, lam - width / 2
-    )
+    seen = process.snr(t).cpu().log().sort().values
+    lam = lam.cpu().double()
+    up_to = torch.searchsorted(seen, lam + width / 2)
+    count = up_to - torch.searchsorted(seen, lam - width / 2)
     param = choose(param, PARAMS, "prediction") if isinstance(param, str) else param
-    return (
-        count
-        / (n * width)
-        / param(*arrow(process, time_of(process, (-lam / 2).exp())))[1] ** 2
-    )
+    at = arrow(process, time_of(process, (-lam / 2).exp()))
+    c_out = param(*at)[1]
+    return count / (n * width) / c_out**2

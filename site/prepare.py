@@ -1,6 +1,9 @@
-"""Write the source tree of the website from the notebooks and the package: lessons with their stored outputs, an API reference, a syllabus.
+"""Write the source tree of the website from the notebooks and the package.
 
-usage: python site/prepare.py FOLDER        then: sphinx-build -W -b html -c site FOLDER OUT        (make site does both)
+usage: python site/prepare.py FOLDER
+then:  sphinx-build -W -b html -c site FOLDER OUT        (make site does both)
+
+It holds the lessons with their stored outputs, an API reference, and a syllabus.
 """
 
 import ast

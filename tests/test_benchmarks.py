@@ -521,10 +521,11 @@ def some_code():
     of words."""
     # a comment
 
-    def inner():
-        "words"  # one line, that holds code
-
-    x = [1, 2]  # two lines
+    # fmt: off
+    def inner(): "words"  # one line, that holds code
+    x = [1,
+         2]  # two lines
+    # fmt: on
     "not a docstring"
     return inner, x
 
@@ -534,7 +535,7 @@ def test_lines_of_code_are_counted_without_words(bench):
     assert families.code_lines(some_code) == 6
     lines = {name: families.family_lines(*families.chosen(name)) for name in families.NAMES}
     assert all(
-        5 < process <= 40 and 2 <= prediction <= 12 for process, prediction in lines.values()
+        5 < process <= 80 and 2 <= prediction <= 12 for process, prediction in lines.values()
     ), lines
     edm = make_process("edm")
     assert lines["edm"][0] > families.code_lines(type(edm)), "with the grid that it calls"

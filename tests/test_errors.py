@@ -1,8 +1,10 @@
-"""Bad input gets one sentence: the rows of the table that the files of the single modules leave open.
+"""Bad input gets one sentence: what the files of the single modules leave open.
 
-Where the other rows are tested: folders, broken files, image modes, no network - test_data.py; T, betas, times and schedules - test_process.py;
-predictions that a process cannot carry - test_denoiser.py; labels, NaN, checkpoints, folders that cannot be written - test_training.py;
-a full disk - test_interrupt.py; sides and labels of the bare network - test_unet.py; guidance - test_guidance.py; samplers - test_sampling.py.
+Where the other rows are tested: folders, broken files, image modes, no network - test_data.py; T,
+betas, times and schedules - test_process.py; predictions that a process cannot carry -
+test_denoiser.py; labels, NaN, checkpoints, folders that cannot be written - test_training.py; a
+full disk - test_interrupt.py; sides and labels of the bare network - test_unet.py; guidance -
+test_guidance.py; samplers - test_sampling.py.
 """
 
 import os

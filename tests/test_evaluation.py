@@ -1,4 +1,7 @@
-"The measures: against closed forms, brute force, torchmetrics and scipy; bad input; copiers; the shipped classifiers."
+"""The measures: against closed forms, brute force, torchmetrics and scipy.
+
+Besides: bad input, copiers, and the classifiers that ship.
+"""
 
 import itertools
 import json
@@ -459,7 +462,7 @@ def test_kid_uses_the_whole_sets_whatever_their_sizes_and_its_seed_decides_the_p
     )
 
 
-def test_the_kernel_distance_of_a_set_and_itself_is_below_zero_and_so_is_that_of_sets_with_equal_classes():
+def test_the_kernel_distance_of_a_set_and_itself_and_of_sets_with_equal_classes_is_below_zero():
     a = normal(40)
     assert ev.kernel_distance(a, a, subsets=1)[0] < 0
     centres = 3 * torch.eye(5).double()
@@ -1037,7 +1040,7 @@ def test_real_images_are_drawn_at_random_with_their_labels():
     assert rp.real_draw(dls, 30)[0] is dls.train and len(rp.real_draw(dls, 100)[1]) == 64
 
 
-def test_what_real_images_get_is_measured_on_images_that_neither_judge_nor_model_saw_where_there_are_enough(
+def test_what_real_images_get_is_measured_on_images_that_neither_judge_nor_model_saw(
     monkeypatch,
 ):
     dls, small, seen = tiny_dls(n=64), tiny_dls(n=64), []
@@ -1343,7 +1346,7 @@ def test_what_has_no_judge_is_said(shipping, tmp_path, monkeypatch):
     )
 
 
-def test_labels_go_with_their_images_where_a_folder_has_some_of_the_classes_and_more_images_than_asked(
+def test_labels_go_with_their_images_where_a_folder_has_some_classes_and_images_to_spare(
     shipping, tmp_path, monkeypatch
 ):
     dls, seen = get_dls("digits", img_size=16), []

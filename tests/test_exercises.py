@@ -1,4 +1,8 @@
-"Exercises, three ways from one source: the solution passes, the blank is helped, each typical mistake gets its own hint; and the lessons ask and solve what is checked."
+"""Exercises, three ways from one source.
+
+The solution passes, the blank is helped, each typical mistake gets its own hint; and the lessons
+ask and solve what is checked.
+"""
 
 import ast
 import json

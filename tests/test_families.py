@@ -423,7 +423,8 @@ def asks_what_a_process_is(source: str) -> list:
                 or "process" in names(node.args[0])
                 and "str" not in names(node.args[1])
             )  # a name is no process yet
-        elif isinstance(node, ast.Compare):  # type(process) is VP, process.config["name"] == "flow", type(process).__name__ == ...
+        elif isinstance(node, ast.Compare):
+            # type(process) is VP, process.config["name"] == "flow", type(process).__name__ == ...
             sides = [node.left, *node.comparators]
             calls = any(
                 isinstance(n, ast.Call) and getattr(n.func, "id", "") == "type"

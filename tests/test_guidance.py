@@ -1,4 +1,4 @@
-"Label dropout and classifier-free guidance: regression tests for the mistakes of the source, properties, and closed forms."
+"Label dropout and classifier-free guidance: the mistakes of the source, properties, closed forms."
 
 import math
 

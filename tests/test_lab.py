@@ -27,14 +27,21 @@ LAB_SETTINGS = {  # no pop-up over the page, and every cell in the page, also th
     },
     "notebook-extension/tracker": {"windowingMode": "none"},
 }
-READY = """() => { const k = window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel;
-                    return k && k.connectionStatus === "connected" && k.status === "idle" }"""
-CODE = """window.jupyterapp.shell.currentWidget.content.widgets.map((w) => w.model).filter((m) => m.type === "code" && m.sharedModel.getSource().trim())"""
-DONE = f"""() => {{ const cells = {CODE};
-    return cells.every((m) => m.executionCount) || cells.some((m) => m.outputs.toJSON().some((o) => o.output_type === "error")) }}"""
-ERRORS = f"""() => {CODE}.flatMap((m) => m.outputs.toJSON().filter((o) => o.output_type === "error").map((o) => m.sharedModel.getSource() + "\\n" + o.traceback.join("\\n")))"""
-SUM = """async (image) => { const bytes = await (await fetch(image.src)).arrayBuffer(), sum = await crypto.subtle.digest("SHA-256", bytes);
-                           return [...new Uint8Array(sum)].map((b) => b.toString(16).padStart(2, "0")).join("") }"""
+READY = """() => {
+    const k = window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel;
+    return k && k.connectionStatus === "connected" && k.status === "idle" }"""
+CODE = """window.jupyterapp.shell.currentWidget.content.widgets.map((w) => w.model)
+    .filter((m) => m.type === "code" && m.sharedModel.getSource().trim())"""
+FAILED = """m.outputs.toJSON().filter((o) => o.output_type === "error")"""
+DONE = f"""() => {{
+    const cells = {CODE};
+    return cells.every((m) => m.executionCount) || cells.some((m) => {FAILED}.length) }}"""
+ERRORS = f"""() => {CODE}.flatMap((m) => {FAILED}
+    .map((o) => m.sharedModel.getSource() + "\\n" + o.traceback.join("\\n")))"""
+SUM = """async (image) => {
+    const bytes = await (await fetch(image.src)).arrayBuffer();
+    const sum = await crypto.subtle.digest("SHA-256", bytes);
+    return [...new Uint8Array(sum)].map((b) => b.toString(16).padStart(2, "0")).join("") }"""
 
 
 def free_port() -> int:

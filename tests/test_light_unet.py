@@ -1,4 +1,4 @@
-"The light network: its size and names (weights ship by them), where the embedding enters, any configuration, bad input."
+"The light network: its size and names, where the embedding enters, any configuration, bad input."
 
 import json
 

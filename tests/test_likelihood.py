@@ -231,7 +231,9 @@ def test_ddpms_own_formulas(variance):
             torch.testing.assert_close(
                 got["steps"][i], torch.distributions.kl_divergence(q, m).flatten(1).sum(1)
             )
-        else:  # our beta is that of the noise level: smaller by alpha^2 of one step, as the ratio is sigma_s^2 / sigma_t^2
+        else:
+            # our beta is that of the noise level: smaller by alpha^2 of one step, as the ratio is
+            # sigma_s^2 / sigma_t^2
             r = (1 - abar[t - 1]) / (1 - abar[t])
             m = torch.distributions.Normal(m.mean, (tilde / r).sqrt())
             torch.testing.assert_close(

@@ -133,7 +133,9 @@ class Refuse:
         if name.split('.')[0] in forbidden:
             frame, who = sys._getframe(1), None
             while frame and not who:
-                if frame.f_globals.get('__name__', '').split('.')[0] == lib: who = frame.f_globals['__name__']
+                module = frame.f_globals.get('__name__', '')
+                if module.split('.')[0] == lib:
+                    who = module
                 frame = frame.f_back
             tried.append((name, who))
             raise ModuleNotFoundError(f'{name} is not part of the installed package', name=name)
@@ -154,9 +156,18 @@ for n in names:
     except BaseException as e: broken[n] = f'{type(e).__name__}: {e}'
 heavy_all = sorted({m.split('.')[0] for m in set(sys.modules) - before} & set(late))
 lib = importlib.import_module(lib)
-print(json.dumps(dict(seconds=seconds, heavy=heavy, heavy_all=heavy_all, where=where, broken=broken, tried=tried, version=lib.__version__,
-                      left=os.listdir('.') + os.listdir(os.path.expanduser('~')), grad=torch.is_grad_enabled(),
-                      dtype=str(torch.get_default_dtype()))))
+print(json.dumps(dict(
+    seconds=seconds,
+    heavy=heavy,
+    heavy_all=heavy_all,
+    where=where,
+    broken=broken,
+    tried=tried,
+    version=lib.__version__,
+    left=os.listdir('.') + os.listdir(os.path.expanduser('~')),
+    grad=torch.is_grad_enabled(),
+    dtype=str(torch.get_default_dtype()),
+)))
 """
 
 
@@ -394,10 +405,9 @@ def test_notebook_as_stored(path):
     head = "".join(
         "".join(c["source"]) + "\n" for c in nb["cells"][:4] if c["cell_type"] == "markdown"
     )
-    badge = (
-        "[![Open In"
-        f" Colab](https://colab.research.google.com/assets/colab-badge.svg)]({COLAB}{path.relative_to(ROOT / NBS).as_posix()})"
-    )
+    picture = "https://colab.research.google.com/assets/colab-badge.svg"
+    page = COLAB + path.relative_to(ROOT / NBS).as_posix()
+    badge = f"[![Open In Colab]({picture})]({page})"
     assert re.search(r"^# \S", head, re.M), "the first cells have no title"
     assert badge in head, f"the first cells have no Colab badge, or another one than {badge}"
     outputs = [o for c in nb["cells"] for o in c.get("outputs", [])]
@@ -461,3 +471,21 @@ def test_links_between_notebooks_lead_somewhere():
                     f"{path.name}: {link}" for link in links if not (path.parent / link).exists()
                 ]
     assert not bad, "\n".join(bad)
+
+
+def test_the_package_keeps_to_88_columns():
+    "A laptop and a page of the website show no more. nbdev's own lines, __all__, are not ours."
+    bad = []
+    for path in sorted((ROOT / LIB).rglob("*.py")):
+        if path.name == "_modidx.py":
+            continue
+        text = path.read_text(encoding="utf-8")
+        nbdevs = set()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                nbdevs.update(range(node.lineno, node.end_lineno + 1))
+        for number, line in enumerate(text.splitlines(), 1):
+            if len(line) > 88 and number not in nbdevs:
+                where = f"{path.relative_to(ROOT).as_posix()}:{number}"
+                bad.append(f"{where}: {len(line)} columns, {line.strip()[:50]}...")
+    assert not bad, "lines of more than 88 columns; shorten their cells:\n" + "\n".join(bad)

@@ -1,4 +1,4 @@
-"Schedules and the forward process: exact facts, parity with others, properties, and two of the old mistakes."
+"Schedules and the forward process: exact facts, parity with others, properties, old mistakes."
 
 import copy
 import math

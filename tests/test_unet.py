@@ -1,4 +1,4 @@
-"The network: its size, the old mistakes that live in it, agreement with other implementations, and any size and configuration."
+"The network: its size, its old mistakes, agreement with others, any size and configuration."
 
 import copy
 import json

@@ -1,6 +1,8 @@
-"""The controls without a kernel, in a real browser: keyboard, mouse, menus, play, a click into the picture, a picture of the reader's own.
+"""The controls without a kernel, in a real browser.
 
-The live face is tested in notebook 90, and clicked in JupyterLab here."""
+Keyboard, mouse, menus, play, a click into the picture, a picture of the reader's own. The live face
+is tested in notebook 90, and clicked in JupyterLab here.
+"""
 
 import io
 import re

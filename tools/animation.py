@@ -1,9 +1,10 @@
-"""Draw the film that opens the readme and the website: ten digits dissolve in noise, and other digits come out of it.
+"""Draw the film that opens the readme and the website: digits dissolve, others come out of it.
 
 usage: python tools/animation.py [--out assets/forward_reverse.png]      (5 seconds on a CPU)
 
-The digits and the way back are those of the MNIST model that ships with the package; seeds are fixed, nothing is picked. The film is an
-animated PNG in 32 shades of grey; beside it lies its last picture, for who has asked the system for less motion.
+The digits and the way back are those of the MNIST model that ships with the package; seeds are
+fixed, nothing is picked. The film is an animated PNG in 32 shades of grey; beside it lies its last
+picture, for who has asked the system for less motion.
 """
 
 import argparse

@@ -1,18 +1,22 @@
-"""Run notebooks as somebody meets them on Colab who has only installed the package: wheel, clean environment, empty folder,
-no network.
+"""Run notebooks as somebody meets them on Colab who has only installed the package.
 
-usage: python tools/anywhere.py [--workers 2] [--timeout SECONDS] [--without-training] [--kernels] [NOTEBOOK...]
-       no notebook: all of nbs/
+usage: python tools/anywhere.py [--workers 2] [--timeout SECONDS] [--without-training]
+                                [--kernels] [--keep-times] [NOTEBOOK...]
 
-The environment holds the wheel, what it requires, and a Jupyter kernel; nothing else can be imported. IPython, ipywidgets and
-their like are the versions that Colab has (tools/colab_env.py, tests/colab_installed.txt); torch and the other large packages
-are links to what is installed here, in this Python, since Colab's own would be a download of gigabytes: the Colab job of
-.github/workflows/test.yml has them all. Where no package index answers, everything is what is installed here, and a line says so.
+No notebook means all of nbs/. They get a wheel, a clean environment, an empty folder and no
+network. The environment holds the wheel, what it requires, and a Jupyter kernel; nothing else can
+be imported. IPython, ipywidgets and their like have the versions that Colab has
+(tools/colab_env.py, tests/colab_installed.txt). torch and the other large packages are links to
+what is installed here, for this Python, since Colab's own would be a download of gigabytes; the
+Colab job of .github/workflows/test.yml has them all. Where no package index answers, everything is
+what is installed here, and a line says so.
 
-Each notebook is copied by itself into an empty folder and executed top to bottom in a process of its own (tools/forked.py; with
---kernels, or where processes cannot be forked safely, in a kernel of its own), in the ci tier. Cells that nbdev_test skips are
-skipped. Whatever is not this machine cannot be reached. With --without-training a notebook is run without the cells whose first
-line begins with '# training', too: what follows them must find weights, from the package or kept by the first run.
+Each notebook is copied by itself into an empty folder and executed top to bottom in the ci tier, in
+a process of its own (tools/forked.py); with --kernels, or where processes cannot be forked safely,
+in a kernel of its own. Cells that nbdev_test skips are skipped. Whatever is not this machine cannot
+be reached. With --without-training a notebook is run once more without the cells whose first line
+begins with '# training': what follows them must find weights, from the package or kept by the
+first run.
 """
 
 import argparse
@@ -68,7 +72,8 @@ def _here(address):
 def _guarded(name, which):
     real = getattr(socket.socket, name)
     def call(self, *args):
-        if not _here(args[which]): raise OSError(101, f"no network here: tried to reach {args[which]}")
+        if not _here(args[which]):
+            raise OSError(101, f"no network here: tried to reach {args[which]}")
         return real(self, *args)
     setattr(socket.socket, name, call)
 
@@ -283,7 +288,8 @@ def in_forks(jobs: list, python: Path, workers: int, timeout: float):
         ]
     results = Path(jobs[0]["results"])
     asked = results / "jobs.json"
-    asked.write_text(json.dumps(dict(jobs=jobs, workers=workers, timeout=timeout)), encoding="utf-8")
+    work = dict(jobs=jobs, workers=workers, timeout=timeout)
+    asked.write_text(json.dumps(work), encoding="utf-8")
     command = [python, ROOT / "tools" / "forked.py", asked]
     server = subprocess.Popen(
         command, cwd=results, env=jobs[0]["env"], stdout=subprocess.PIPE, text=True

@@ -1,6 +1,8 @@
-"""Make the Colab badges of the readme and the notebooks anew from settings.ini (user, repo, branch, nbs_path), after a fork or a move.
+"""Make the Colab badges of the readme and the notebooks anew, after a fork or a move.
 
 usage: python tools/badges.py [--check]        --check changes nothing and fails where one is stale
+
+User, repo, branch and nbs_path are those of settings.ini.
 """
 
 import re

@@ -1,17 +1,19 @@
-"""All that `make test` checks, in order; stops at the first stage that fails. The working copy is not changed.
+"""All that `make test` checks, in order; stops at the first stage that fails.
 
-usage: python tools/check.py [export] [clean] [ruff] [reference] [lessons] [pytest]      no name: all of them
+usage: python tools/check.py [export] [clean] [ruff] [reference] [lessons] [pytest]
+
+No name means all of them. The working copy is not changed.
 
     export     ddpm_course/ is what nbdev_export makes of the notebooks
     clean      the notebooks are what nbdev_clean leaves of them (outputs stay)
     ruff       ruff check .
-    reference  nbdev_test on the notebooks that are no lessons (87 to 99) and on the answers to the exercises
-    lessons    each lesson, and the index, by itself: wheel, clean environment, empty folder, no network; once more
-               without the training cells (tools/anywhere.py)
+    reference  nbdev_test on the notebooks that are no lessons (87 to 99) and on the answers
+    lessons    tools/anywhere.py: each lesson, and the index, by itself, from the wheel, without a
+               network; and once more without the training cells
     pytest     pytest -n 2 --dist loadfile tests
 
-`nbdev_test` runs the lessons too, on the source tree; continuous integration does that besides.
-The longest notebooks and test files go first (tools/times.py). At the end stands where the time went.
+`nbdev_test` runs the lessons too, on the source tree: continuous integration does that besides. The
+longest notebooks and test files go first (tools/times.py). At the end stands where the time went.
 """
 
 import difflib
@@ -157,7 +159,8 @@ def check_ruff() -> bool:
 
 def check_reference() -> bool:
     before = {p for p in (ROOT / NBS).rglob("*") if "__pycache__" not in p.parts}
-    options = ["--skip_file_re", rf"^([_.]|{LESSON.pattern})", "--n_workers", str(WORKERS), "--timing"]
+    others = rf"^([_.]|{LESSON.pattern})"
+    options = ["--skip_file_re", others, "--n_workers", str(WORKERS), "--timing"]
     done = command("nbdev_test", *options, stdout=subprocess.PIPE, text=True)
     print(done.stdout, end="")
     took = {name: float(seconds) for name, seconds in TOOK.findall(done.stdout)}

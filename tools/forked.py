@@ -1,13 +1,17 @@
 """Run notebooks in processes that are forked from one which has imported what all of them need.
 
-usage: python tools/forked.py JOBS.json      runs them in their order, writes a line of JSON for each result
+usage: python tools/forked.py JOBS.json
 
-`tools/anywhere.py` starts it with the Python of a clean environment: it uses nothing but the standard library and IPython.
-Nothing is computed before a fork, so that no library has started threads, which a fork would lose. Each notebook gets a
-process, a folder and a home of its own, and IPython's shell, without a kernel, executes its cells. At the first cell that may
-be skipped the process forks again: one goes on with that cell; the other waits for the end of the first, puts the notebook's
-folder (with its temporary files) back as it was at the fork, and runs the rest without such cells. The home stays: it may hold
-weights that the first one kept.
+Runs the jobs in their order and writes a line of JSON for each result. `tools/anywhere.py` starts
+it with the Python of a clean environment: it uses nothing but the standard library and IPython.
+Nothing is computed before a fork, so that no library has started threads, which a fork would lose.
+Each notebook gets a process, a folder and a home of its own, and IPython's shell, without a kernel,
+executes its cells.
+
+At the first cell that may be skipped the process forks again: one goes on with that cell; the other
+waits for the end of the first, puts the notebook's folder (with its temporary files) back as it was
+at the fork, and runs the rest without such cells. The home stays: it may hold weights that the
+first one kept.
 """
 
 import atexit
@@ -101,9 +105,10 @@ class Pass:
 
     def end(self, error: str = ""):
         used, own = resource.getrusage(resource.RUSAGE_SELF), Path(self.job["notebook"]).name
+        work = Path(self.job["folder"], "work")
         outcome = dict(
             name=self.name,
-            left=sorted(p.name for p in Path(self.job["folder"], "work").iterdir() if p.name != own),
+            left=sorted(p.name for p in work.iterdir() if p.name != own),
             error=error,
             seconds=time.time() - self.start,
             cpu=used.ru_utime + used.ru_stime,
@@ -125,7 +130,7 @@ def fork_second_pass(here: Pass) -> tuple:
         os.close(waiting)
         return child, held
     os.close(held)
-    os.read(waiting, 1)  # until the other end is closed: by the last line of run_job, or by its death
+    os.read(waiting, 1)  # until the first closes the other end, or dies
     shutil.rmtree(folder)
     kept.rename(folder)
     os.chdir(folder / "work")

@@ -1,8 +1,12 @@
-"""Put each of the eighteen mistakes back, one at a time, and see that a test fails: `make mutants`, or `python tools/mutants.py 4 17`.
+"""Put each of the eighteen mistakes back, one at a time, and see that a test fails.
 
-The work is done on a copy in a temporary folder. An edit is (file, old text, new text); the old text must occur exactly once, so
-that a patch that no longer applies is noticed. White space, comments and commas before a closing bracket make no difference: code
-may be formatted in another way. Further lines of a new text are indented as the line is in which the old text begins."""
+usage: python tools/mutants.py [NUMBER...]      (all of them: make mutants)
+
+The work is done on a copy in a temporary folder. An edit is (file, old text, new text); the old
+text must occur exactly once, so that a patch that no longer applies is noticed. White space,
+comments and commas before a closing bracket make no difference: code may be folded in another way.
+Further lines of a new text are indented as the line is in which the old text begins.
+"""
 
 import argparse
 import os
@@ -231,7 +235,8 @@ MUTANTS = [
 
 
 TOKEN = re.compile(
-    r"""(?P<skip>\s+|\#[^\n]*) | \"{3}[\s\S]*?\"{3} | "(?:\\.|[^"\\\n])*" | '(?:\\.|[^'\\\n])*' | \w+ | .""",
+    r"""(?P<skip> \s+ | \#[^\n]*) | \"{3}[\s\S]*?\"{3}
+         | "(?:\\.|[^"\\\n])*" | '(?:\\.|[^'\\\n])*' | \w+ | .""",
     re.VERBOSE,
 )
 

@@ -1,10 +1,14 @@
 """Run lessons to the end in fresh kernels and store their outputs in the notebooks.
 
-usage: python tools/outputs.py [--flags slow,cuda,network] [--only TEXT] [--cwd FOLDER] [--timeout SECONDS] NOTEBOOK...
+usage: python tools/outputs.py [--flags slow,cuda,network] [--only TEXT] [--cwd FOLDER]
+                               [--timeout SECONDS] NOTEBOOK...
 
-The size of a run is DDPM_COURSE_TIER (cpu if unset; ci is refused, because stored outputs come from real runs). Cells that
-nbdev_test would skip are skipped here too and keep what they show. Nothing is stored for a notebook that fails.
---only runs the set-up cell and the cells that contain TEXT, such as 'check("', and leaves the others as they are.
+The size of a run is DDPM_COURSE_TIER (cpu if unset; ci is refused, because stored outputs come from
+real runs). Cells that nbdev_test would skip are skipped here too and keep what they show. Nothing
+is stored for a notebook that fails.
+
+--only runs the set-up cell and the cells that contain TEXT, such as 'check("', and leaves the
+others as they are.
 """
 
 import argparse
@@ -250,7 +254,8 @@ def main() -> int:
             places = [(old.rstrip("/\\"), new) for old, new in places if old.strip("/\\")]
             try:
                 doc = run(path, flags, cwd, args.timeout, places, args.only)
-            except Exception as e:  # an error in a cell, a timeout, a kernel that died: report it, go on with the next
+            except Exception as e:
+                # an error in a cell, a timeout, a kernel that died: report it, go on with the next
                 bad.append(path.name)
                 print(
                     f"FAIL {path.name}: {time.time() - start:.1f} s, nothing"

@@ -1,7 +1,7 @@
-"""How long notebooks and test files took: the longest go first, so that no core is idle while another finishes a long one.
+"""How long notebooks and test files took: the longest go first, and no core waits for another.
 
-The last run of `make test` leaves `.times.json`, which git ignores; `tools/times.json` says what is usual. Both hold seconds by
-name, in three groups: notebooks, files and tests.
+The last run of `make test` leaves `.times.json`, which git ignores; `tools/times.json` says what is
+usual. Both hold seconds by name, in groups: notebooks, files (of tests), tests, reference.
 """
 
 import json

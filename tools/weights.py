@@ -1,17 +1,21 @@
-"""Train the models that ship with the package, from the recipes below, and write them with their manifest.
+"""Train the models that ship, from the recipes below, and write them with their manifest.
 
 usage: python tools/weights.py NAME...          (make weights NAME=mnist)
 
-NAME `lessons` trains nothing: it takes what the lessons kept in the course's cache folder when they were run to the end in the cpu tier
-(make outputs), so that a learner who skips a training cell has weights. Of 06c's
-thirteen networks only the two main ones are taken, and not 08's, whose model ships already.
+NAME `lessons` trains nothing: it takes what the lessons kept in the course's cache folder when they
+were run to the end in the cpu tier (make outputs), so that a learner who skips a training cell has
+weights. Of 06c's thirteen networks only the two main ones are taken, and not 08's, whose model
+ships already.
 
-A training that was interrupted goes on from its last checkpoint in runs/weights-NAME-KEY, unless the recipe or the commit has changed since; a
-training that is done leaves no such folder. The classifiers come first: a model's metrics are what the classifier of its data set reads.
-Everything is seeded, precision and layout are part of the recipe: the same machine with as many threads gives the same weights. They are those of
-a commit, so the code must not differ from it (--dirty trains all the same, and the manifest shows a plus).
+A training that was interrupted goes on from its last checkpoint in runs/weights-NAME-KEY, unless
+the recipe or the commit has changed since; a training that is done leaves no such folder. The
+classifiers come first: a model's metrics are what the classifier of its data set reads. Everything
+is seeded, precision and layout are part of the recipe: the same machine with as many threads gives
+the same weights. They are those of a commit, so the code must not differ from it (--dirty trains
+all the same, and the manifest shows a plus).
 
---measure trains nothing: it measures shipped models anew, where judge or floor have changed since, and says so in their entries.
+--measure trains nothing: it measures shipped models anew, where judge or floor have changed since,
+and says so in their entries.
 """
 
 import argparse
