@@ -261,7 +261,7 @@ def in_kernels(jobs: list, python: Path, workers: int, timeout: float):
 
     def one(job: dict) -> dict:
         start, left, error = time.time(), [], ""
-        place = Path(job["notebook"]), Path(job["folder"]), python, os.environ | job["env"]
+        place = Path(job["notebook"]), Path(job["folder"]), python, job["env"]
         try:
             left = execute(*place, timeout, job["training"])
         except Exception as e:  # an error in a cell, a timeout, a kernel that died: go on
