@@ -248,6 +248,53 @@ def test_every_notebook_belongs_to_one_stage():
     assert all(name[0] in "89" or name.startswith("lesson_") for name in others), others
 
 
+# Notebooks in forked processes (what the stage does with them: tests/test_anywhere.py)
+
+SERVE = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import forked
+forked.HEAVY = ("IPython.core.interactiveshell", "matplotlib_inline.backend_inline")
+forked.can_fork = lambda: False  # as where there is a GPU
+forked.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+def test_without_a_second_fork_the_second_pass_begins_anew_and_nothing_hangs(tmp_path):
+    def job(name, *sources):
+        cells = [dict(source=s, training=s.startswith("# training")) for s in sources]
+        return dict(
+            name=name,
+            notebook=str(notebook(tmp_path / f"{name}.ipynb", *sources)),
+            folder=str(tmp_path / name),
+            results=str(tmp_path),
+            env=dict(NAME=name),
+            training=True,
+            second=dict(name=f"{name} again", folder=str(tmp_path / f"{name}-2")),
+            cells=cells,
+        )
+
+    jobs = [
+        job("hangs", "import time; time.sleep(600)", "# training"),
+        job(
+            "good",
+            "import os; assert os.listdir() == ['good.ipynb'] and os.environ['NAME'] == 'good'",
+            "# training\nopen('trained', 'w').close()",
+            "os.mkdir('after')",
+        ),
+    ]
+    asked = tmp_path / "jobs.json"
+    asked.write_text(json.dumps(dict(jobs=jobs, workers=2, timeout=6)), encoding="utf-8")
+    command = [sys.executable, "-c", SERVE, ROOT / "tools", asked]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    told = {t["name"]: t for t in map(json.loads, done.stdout.splitlines())}
+    assert told.keys() == {"hangs", "good", "good again"}, done.stdout + done.stderr
+    assert "TimeoutError: no end after 6 s" in told["hangs"]["error"]
+    assert told["good"]["error"] == "" and told["good"]["left"] == ["after", "trained"]
+    assert told["good again"]["error"] == "" and told["good again"]["left"] == ["after"]
+
+
 # Mistakes that are put back
 
 
@@ -285,6 +332,14 @@ def test_a_patch_that_does_not_fit_once_is_refused(old):
 
 
 # What takes long goes first
+
+
+def test_usual_times_name_what_is_there():
+    "A name that is gone would say nothing; what is missing goes first."
+    usual = times.read(times.USUAL)
+    assert usual.keys() == {"notebooks", "files"}
+    assert all((ROOT / "nbs" / f"{name}.ipynb").exists() for name in usual["notebooks"])
+    assert all((ROOT / "tests" / name).exists() for name in usual["files"])
 
 
 def test_the_last_run_decides_what_goes_first(tmp_path, monkeypatch):

@@ -369,13 +369,14 @@ def main() -> int:
         jobs = made_jobs(paths, tmp, args.without_training)
         for outcome in run(jobs, python, args.workers, args.timeout):
             name, seconds, left = outcome["name"], outcome["seconds"], outcome["left"]
-            taken[name] = seconds
+            # of the processor, where that is known: other programs change it little
+            taken[name] = outcome.get("cpu", seconds)
             if outcome["error"]:
                 bad.append(name)
                 print(f"FAIL {name}: {seconds:.1f} s\n{shortened(outcome['error'])}\n", flush=True)
             else:
                 leaves = f", leaves {', '.join(left)}" if left else ""
-                print(f"ok   {name}: {seconds:.1f} s{leaves}", flush=True)
+                print(f"ok   {name}: {seconds:.1f} s ({taken[name]:.1f}){leaves}", flush=True)
     if args.keep_times:
         times.keep("notebooks", taken, replace=True)
     print(

@@ -92,6 +92,7 @@ class Pass:
 
     def begin(self):
         "From here on this process is the notebook's own: its output, its folders, its variables."
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         log = os.open(self.result.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -230,6 +231,7 @@ def serve(jobs: list, workers: int, timeout: float):
 
 def main():
     sys.path[0] = ""  # not the folder of the tools
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # and no notebook goes on
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     for name in HEAVY:
         importlib.import_module(name)
