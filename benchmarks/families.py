@@ -147,12 +147,13 @@ class Bench:
     def timed(self) -> dict:
         """Precision, layout and number of steps: what this network does in the budget on this
         machine."""
-        diff = self.model("flow", "velocity", 0).prepare(self.dls, minutes=self.args.seconds / 60)
-        return dict(
-            precision=diff.settings.precision,
-            channels_last=diff.settings.channels_last,
-            total_steps=self.args.steps or diff.settings.total_steps,
-        )
+        from ddpm_course.settings import timings
+
+        diff = self.model("flow", "velocity", 0).prepare(self.dls, total_steps=1)
+        a_step = statistics.median(timings(diff.trial(diff.settings), 30))
+        steps = self.args.steps or max(int(self.args.seconds / a_step), 1)
+        settings = dict(precision=diff.settings.precision)
+        return settings | dict(channels_last=diff.settings.channels_last, total_steps=steps)
 
     def model(self, family: str, predict: str, seed: int):
         from ddpm_course.model import make_process

@@ -4,7 +4,8 @@ All train on the same images of MNIST (32x32) on the same machine. The clock cou
 waits for: reading the data, building the model, choosing precision and memory layout, warming up,
 making batches, validating. It does not count imports, and it stops for sampling and judging.
 
-Ours has a one-cycle learning rate, so every budget is a training of its own; so has the source. The
+The learning rate of ours falls at the end, so every budget is a training of its own; so is it with
+the source's one cycle. The
 other peers have a constant learning rate, so that one long training passes through all budgets.
 
     python benchmarks/time_to_quality.py
@@ -111,21 +112,16 @@ def ours(bench: Bench, budget: int, seed: int):
                 f" --budgets {budget}"
             )
         rate = statistics.median(c["seen"] / c["seconds"] for c in clocks.values())
-        diff.prepare(dls, total_steps=max(round(budget * rate / dls.train.batch_size), 1))
-        found = diff.settings
+        steps = max(round(budget * rate / dls.train.batch_size), 1)
+        length = dict(total_steps=steps, plan=args.plan)
     else:
-        diff.prepare(dls, minutes=budget / 60)  # chooses precision and layout, times a step
-        found, left = diff.settings, 1 - (time.perf_counter() - start) / budget
-        diff.prepare(
-            dls,
-            precision=found.precision,
-            channels_last=found.channels_last,
-            total_steps=max(int(found.total_steps * left), 1),
-        )
-    diff.fit(loggers=[], progress=False)
+        length = dict(minutes=(budget - (time.perf_counter() - start)) / 60)
+    diff.fit(dls, **length, loggers=[], progress=False)
+    found = diff.settings
     if args.device.type == "cuda":
         torch.cuda.synchronize()
-    seconds, seen = time.perf_counter() - start, diff.epoch * len(dls.train.labels) + diff.seen
+    seconds, trainer = time.perf_counter() - start, diff.trainer
+    seen = trainer.epoch * len(dls.train.labels) + trainer.seen
     if not args.by_images and not args.quick and abs(seconds / budget - 1) > 0.05:
         print(
             f"  seed {seed} trained for {seconds:.0f} s of {budget}: the machine changed its speed;"
@@ -143,7 +139,7 @@ def ours(bench: Bench, budget: int, seed: int):
         if told:
             seconds, sampling = seen / rate, told["per_sample"] * len(y)
         bench.save(
-            "ours",
+            "ours" if args.plan == "hold" else "ours, one cycle",
             budget,
             images,
             y,
@@ -156,7 +152,8 @@ def ours(bench: Bench, budget: int, seed: int):
             parameters=sum(p.numel() for p in diff.model.parameters()),
             seen=seen,
             recipe=(
-                f"one-cycle {diff.settings.lr:g}, batch 32, {diff.config['param']['name']},"
+                f"{args.plan.replace('_', ' ')} {diff.settings.lr:g}, batch 32,"
+                f" {diff.config['param']['name']},"
                 f" {diff.process.config['schedule']}, {found.precision},"
                 f" {'channels_last' if found.channels_last else 'contiguous'}; Euler, 20 steps, in"
                 " the same precision"
@@ -422,6 +419,12 @@ def main(argv=None):
         ),
     )
     p.add_argument(
+        "--plan",
+        choices=["hold", "one_cycle"],
+        default="hold",
+        help="learning rate of ours: as for minutes; or one cycle, with --by-images (hold)",
+    )
+    p.add_argument(
         "--by-images",
         action="store_true",
         help=(
@@ -430,6 +433,8 @@ def main(argv=None):
         ),
     )
     args = begin(p.parse_args(argv))
+    if args.plan == "one_cycle" and not args.by_images:
+        p.error("one cycle must know its steps: --plan one_cycle goes with --by-images")
     if args.quick:
         args.budgets, args.seeds, args.n, args.samples_slow = [1], [0], 12, 6
     args.samples_slow = args.samples_slow or (args.n if args.device.type == "cuda" else 200)

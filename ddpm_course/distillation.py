@@ -9,78 +9,79 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from .core import bcast, randn
-from .denoiser import Denoiser, _wide
+from .core import randint, wide
+from .denoiser import Denoiser
 from .guidance import cfg
-from .process import Process
+from .process import Process, along
 from .sampling import clip_x0, euler
 from .solvers import linear_part
+
+
+def _place(grid, t):  # where t (B,) lies on a falling grid: 1.5 is between 1 and 2
+    i = torch.searchsorted(-grid, -t, right=True).clamp(1, len(grid) - 1) - 1
+    return i + (grid[i] - t) / (grid[i] - grid[i + 1])
+
+
+def _between(grid, t, s, k):  # k + 1 times (B,) from t to s, even along the grid
+    a, b, way = _place(grid, t), _place(grid, s), [t]
+    for j in range(1, k):
+        at = a + (b - a) * j / k
+        i = at.long().clamp(max=len(grid) - 2)
+        way.append(torch.lerp(grid[i], grid[i + 1], at - i))
+    return [*way, s]
 
 
 class Distilled(Denoiser):
     """A student that learns to make several DDIM steps of a teacher in one (Salimans
     and Ho 2022, algorithm 2)."""
 
+    draws_as = Denoiser  # only its loss is its own: it is written down as one
+
     def __init__(
         self,
         net: nn.Module,  # the student's network, best a copy of the teacher's
         process: Process,
-        # what it predicts: any but eps, which says nothing of x0 where alpha is nearly
-        # 0
-        param,
+        param,  # any but eps, which says nothing of x0 where alpha is nearly 0
         teacher,  # (x, t, cond) -> x0_hat; not among the student's weights
         ts: Tensor,  # (n+1,) the student's times, such as process.steps(n)
         k: int = 2,  # steps of the teacher to one of the student's
-    ):  # ValueError for k < 1
-        super().__init__(net, process, param)
+        weight=None,  # as for Denoiser
+    ):  # ValueError for k < 1, or more steps than the process has
+        super().__init__(net, process, param, weight)
         if k < 1:
             raise ValueError(
                 f"the teacher takes at least 1 step for each of the student's, not {k}"
             )
         self.ts, self.k, self.teacher = ts, k, lambda x, t, cond: teacher(x, t, cond)
+        # the teacher's own walk: even in t it would be lost on EDM, where all that
+        # matters happens in the last hundredth of the time
+        self.grid = wide(self.process.steps((len(ts) - 1) * k, ts.device))
 
     @torch.no_grad()
-    # the answer that makes one step land where the teacher's k do
-    def lesson(self, x, t, s, cond=None) -> Tensor:
-        t, s, end, (shrink, gain, _) = (
-            _wide(t),
-            _wide(s),
-            x,
-            linear_part(self.process, t, s),
-        )
-        way = [t + (s - t) * i / self.k for i in range(self.k + 1)]
+    def lesson(self, x, t, s, cond=None) -> Tensor:  # (B, ...)
+        "The answer that makes one step land where the teacher's k do."
+        t, s, end = wide(t), wide(s), x
+        way = _between(self.grid.to(x.device), t, s, self.k)
         for a, b in zip(way, way[1:]):
-            end = euler(lambda x, t: self.teacher(x, t, cond), self.process, end, a, b)[
-                0
-            ]
-        return (end - bcast(shrink, x).to(x) * x) / bcast(gain, x).to(x)
+            told = lambda x, t: self.teacher(x, t, cond)
+            end = euler(told, self.process, end, a, b)[0]
+        shrink, gain, _ = linear_part(self.process, t, s)
+        return (end - along(shrink, x).to(x) * x) / along(gain, x).to(x)
 
     # (B,); only at the student's times: t means the nearest of them
     def loss(self, x0, cond=None, t=None, eps=None, generator=None) -> Tensor:
-        at, ts = x0.device if generator is None else generator.device, self.ts.to(
-            x0.device
-        )
+        B, device = len(x0), x0.device
+        ts = self.ts.to(device)
         if t is None:
-            i = torch.randint(
-                len(ts) - 1, (len(x0),), generator=generator, device=at
-            ).to(x0.device)
+            i = randint(0, len(ts) - 1, (B,), generator, device)
         else:
-            i = (
-                (ts[:-1] - torch.as_tensor(t, device=x0.device).reshape(-1, 1))
-                .abs()
-                .argmin(1)
-                .expand(len(x0))
-            )
-        t, s, eps = (
-            ts[i],
-            ts[i + 1],
-            randn(x0.shape, generator, x0.device, x0.dtype) if eps is None else eps,
-        )
-        x = self.process.add_noise(x0, t, eps)
+            off = ts[:-1] - torch.as_tensor(t, device=device).reshape(-1, 1)
+            i = off.abs().argmin(1).expand(B)
+        t, s = ts[i], ts[i + 1]
+        x, _ = self.process.corrupt(x0, t, generator, eps)
         miss = self(x, t, cond) - self.lesson(x, t, s, cond)
-        return (
-            (miss / bcast(self.scales(t)[1], x).to(x)).pow(2).flatten(1).mean(1)
-        )  # in units of the raw network, as in any training
+        # in units of the raw network, as in any training
+        return self.errors(miss / along(self.scales(t)[1], x).to(x), t)
 
 # %% ../nbs/14b_few_steps.ipynb #65816926
 def distil(
@@ -88,31 +89,21 @@ def distil(
     n: int,  # steps that the student will walk
     scale: float = 1.0,  # guidance of the teacher; its students need none
     k: int = 2,  # steps of the teacher to one of the student's
-    # a Diffusion that starts as a copy of the teacher: train it with fit, then sample
-    # with n_steps=n; ValueError for a guided teacher without labels
-):
-    "A student for progressive distillation."
+):  # a copy of the teacher: train it with fit, then sample with n_steps=n
+    "A student for progressive distillation; ValueError: guidance without labels."
     if scale != 1 and not diff.num_classes:
         raise ValueError(
             f"guidance {scale} needs a teacher with labels, this one was trained"
             " without"
         )
-    known, null = copy.deepcopy(diff.ema_model), diff.null
-    guided = (
-        known if scale == 1 else lambda x, t, cond: cfg(known, cond, scale, null)(x, t)
-    )
-    student = type(diff).from_config(
-        diff.config | dict(p_uncond=0.0),
-        diff.device,
-        copy.deepcopy(known.net).requires_grad_(True),
-    )
-    student.model = Distilled(
-        student.model.net,
-        student.process,
-        student.model.param,
-        clip_x0(guided),
-        student.process.steps(n, diff.device),
-        k,
-    )
+    known, null, teacher = copy.deepcopy(diff.ema_model), diff.null, None
+    if scale != 1:
+        teacher = lambda x, t, cond: cfg(known, cond, scale, null)(x, t)
+    teacher = clip_x0(teacher or known)
+    net = copy.deepcopy(known.net).requires_grad_(True)
+    student = type(diff).from_config(diff.config | dict(p_uncond=0.0), diff.device, net)
+    process, param = student.process, student.model.param
+    ts = process.steps(n, diff.device)
+    student.model = Distilled(student.model.net, process, param, teacher, ts, k)
     student.ema_model = copy.deepcopy(student.model).eval().requires_grad_(False)
     return student

@@ -7,35 +7,31 @@ __all__ = ['Flow', 'straightness', 'coupled_pairs']
 import torch
 from torch import Tensor
 
-from .core import choose, randn
-from .process import Process
+from .core import choose, enter
+from .denoiser import logit_normal
+from .process import Process, uniform
 from .sampling import euler, heun, sample
 
 
+@enter("process", "flow")
 class Flow(Process):
     """A straight line from data to noise: alpha = 1 - t, sigma = t, t in [0, 1] (Lipman
     et al. 2023; Liu et al. 2023)."""
 
     def __init__(
         self,
-        # where training looks: 'uniform', or 'logit_normal', more in the middle (Esser
-        # et al. 2024)
-        times: str = "uniform",
+        times: str = "uniform",  # where training looks; 'logit_normal': in the middle
     ):  # ValueError for other times
         super().__init__()
-        choose(times, dict(uniform=0, logit_normal=0), "distribution of times")
-        self.times, self.config = times, dict(name="flow", times=times)
+        known = dict(uniform=uniform, logit_normal=logit_normal)
+        choose(times, known, "distribution of times")
+        self.times = times
 
     def alpha(self, t):
         return 1 - t
 
     def sigma(self, t):
         return t
-
-    def sample_t(self, n, device=None, generator=None):
-        if self.times == "uniform":
-            return super().sample_t(n, device, generator)
-        return randn((n,), generator, device).sigmoid()
 
 # %% ../nbs/13_flow.ipynb #442349b8
 def straightness(
@@ -44,8 +40,7 @@ def straightness(
     x: Tensor,  # (B, ...) where the paths start, usually process.init_noise(shape)
     ts: Tensor,  # (n+1,) falling times, usually process.steps(n)
 ) -> Tensor:  # (B,) 0 for a straight path, on which one Euler step is exact
-    """Variance, per number, of the velocity eps_hat - x0_hat along each path (Liu et
-    al. 2023, section 2.2), whatever the process."""
+    "Variance of the velocity eps_hat - x0_hat on each path (Liu et al. 2023)."
     seen = []
 
     def look(t, x, x0, **_):
@@ -70,15 +65,14 @@ def coupled_pairs(
     step=heun,  # deterministic, or the pairs are as random as before
     batch_size: int = 256,
 ) -> list:  # batches (x0, y, eps) for Diffusion.fit; ValueError where labels do not fit
-    """Noise, and where the flow takes it: the training pairs of a second, straighter
-    flow (Liu et al. 2023, algorithm 1)."""
+    "Pairs for a second, straighter flow: noise, and where this one takes it (alg. 1)."
     if y is not None and len(y) != len(eps):
         raise ValueError(f"{len(y)} labels for {len(eps)} noises: each needs one")
     strongest, pairs = process.coeffs(ts[:1], eps)[1], []
     for i in range(0, len(eps), batch_size):
-        e, label = eps[i : i + batch_size], None if y is None else y[i : i + batch_size]
-        told = (
-            denoise if label is None else lambda x, t, label=label: denoise(x, t, label)
-        )
+        e, told = eps[i : i + batch_size], denoise
+        label = None if y is None else y[i : i + batch_size]
+        if label is not None:
+            told = lambda x, t, label=label: denoise(x, t, label)
         pairs.append((sample(told, process, strongest * e, ts, step), label, e))
     return pairs

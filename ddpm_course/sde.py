@@ -10,15 +10,17 @@ import math
 import torch
 from torch import Tensor
 
-from .core import bcast, randn
-from .denoiser import _wide
-from .process import NO_FLOAT64, Process
-from .score import langevin
+from .core import bcast, enter, finest, patch, randn, wide
+from .process import LEAST, Process, pick
+from .sampling import downhill, remembers
+from .score import langevin, score_at
 
 
+@enter("process", "vp")
 class VP(Process):
-    """Variance-preserving SDE (Song et al. 2021, eq. 11): DDPM with infinitely many
-    steps; alpha^2 + sigma^2 = 1, t in [0, 1]."""
+    "Variance-preserving SDE (Song et al. 2021, eq. 11): DDPM in infinitely many steps."
+
+    t_end = math.inf  # the formulas go on beyond t_max = 1
 
     def __init__(
         self,
@@ -30,17 +32,11 @@ class VP(Process):
             raise ValueError(
                 f"rates of noise are above 0, not {beta_min} and {beta_max}"
             )
-        self.beta_min, self.beta_max, self.config = (
-            beta_min,
-            beta_max,
-            dict(name="vp", beta_min=beta_min, beta_max=beta_max),
-        )
+        self.beta_min, self.beta_max = beta_min, beta_max
 
-    def log_abar(self, t):
-        return -(
-            self.beta_min * _wide(t)
-            + (self.beta_max - self.beta_min) * _wide(t) ** 2 / 2
-        )  # minus the integral of beta
+    def log_abar(self, t):  # minus the integral of beta
+        t = wide(t)
+        return -(self.beta_min * t + (self.beta_max - self.beta_min) * t**2 / 2)
 
     def alpha(self, t):
         return (self.log_abar(t) / 2).exp()
@@ -49,21 +45,20 @@ class VP(Process):
         return (-self.log_abar(t).expm1()).sqrt()
 
 # %% ../nbs/11_sde.ipynb #d74e4f52
+@enter("process", "sub_vp")
 class SubVP(VP):
-    """Like VP, with less noise on the way: sigma = 1 - alpha^2 (Song et al. 2021, eq.
-    12)."""
-
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
-        super().__init__(beta_min, beta_max)
-        self.config = self.config | dict(name="sub_vp")
+    "VP with less noise on the way: sigma = 1 - alpha^2 (Song et al. 2021, eq. 12)."
 
     def sigma(self, t):
         return -self.log_abar(t).expm1()
 
 
+@enter("process", "ve")
 class VE(Process):
     """Variance-exploding SDE (Song et al. 2021, eq. 9): noise is only added; NCSN with
     infinitely many levels, t in [0, 1]."""
+
+    t_end = math.inf
 
     def __init__(
         self,
@@ -76,17 +71,13 @@ class VE(Process):
                 f"noise grows: 0 < sigma_min < sigma_max, not {sigma_min} and"
                 f" {sigma_max}"
             )
-        self.sigma_min, self.ratio, self.config = (
-            sigma_min,
-            math.log(sigma_max / sigma_min),
-            dict(name="ve", sigma_min=sigma_min, sigma_max=sigma_max),
-        )
+        self.sigma_min, self.ratio = sigma_min, math.log(sigma_max / sigma_min)
 
     def alpha(self, t):
-        return torch.ones_like(_wide(t))
+        return torch.ones_like(wide(t))
 
     def sigma(self, t):
-        return self.sigma_min * (2 * self.ratio * _wide(t)).expm1().sqrt()  # 0 at t = 0
+        return self.sigma_min * (2 * self.ratio * wide(t)).expm1().sqrt()  # 0 at t = 0
 
 # %% ../nbs/11_sde.ipynb #d95e4d85
 def rates(
@@ -94,13 +85,14 @@ def rates(
     t: Tensor,  # (B,) times
 ):  # d alpha / dt and d sigma / dt, each (B,) float64 where the device has it
     "How fast the shares of data and noise change, by automatic differentiation."
-    t = _wide(t) * 1.0
-    # just before t: where a table of steps has a kink, the slope of the step that ends
-    # there
+    t = wide(t) * 1.0
+    # where a table has a kink: the slope of the step that ends there
     t = t * (1 - 64 * torch.finfo(t.dtype).eps)
-    return torch.func.grad(
-        lambda a, b: process.alpha(a).sum() + process.sigma(b).sum(), (0, 1)
-    )(t, t)
+
+    def total(a, b):
+        return process.alpha(a).sum() + process.sigma(b).sum()
+
+    return torch.func.grad(total, (0, 1))(t, t)
 
 
 def drift_diffusion(
@@ -110,11 +102,10 @@ def drift_diffusion(
     """The SDE whose marginals are x_t = alpha x0 + sigma eps (Song et al. 2021, eq. 5;
     Karras et al. 2022, appendix B)."""
     # at 0, where sigma may rise infinitely steeply: the limit
-    t = (_wide(t) * 1.0).clamp(min=1e-12 * process.t_max)
-    (alpha, sigma), (d_alpha, d_sigma) = (process.alpha(t), process.sigma(t)), rates(
-        process, t
-    )
-    if not (alpha > 0).all():
+    t = (wide(t) * 1.0).clamp(min=1e-12 * process.t_max)
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    d_alpha, d_sigma = rates(process, t)
+    if not (alpha > LEAST).all():
         raise ValueError(
             f"{type(process).__name__} has no SDE at t = {t.max():g}, where alpha is 0:"
             " begin a little later, or use euler"
@@ -129,20 +120,19 @@ def forward_path(
     ts: Tensor,  # (n+1,) rising times
     generator=None,  # a torch.Generator, or one per example
 ) -> Tensor:  # (n+1, B, ...) x at all times; ValueError for times that do not rise
-    """Euler-Maruyama on the forward SDE dx = f x dt + g dw: noise in many small steps
-    instead of one jump."""
+    "Euler-Maruyama on the forward SDE dx = f x dt + g dw: many small steps, no jump."
     if ts.ndim != 1 or len(ts) < 2 or not (ts.diff() > 0).all():
         raise ValueError(
             "a forward path needs at least 2 times that rise from data to noise"
         )
-    path, dts, (f, g2) = [x], _wide(ts).diff(), drift_diffusion(process, ts[:-1])
+    path, dts, (f, g2) = [x], wide(ts).diff(), drift_diffusion(process, ts[:-1])
     for keep, fresh in zip((1 + f * dts).to(x), (g2 * dts).sqrt().to(x)):
-        path.append(
-            keep * path[-1] + fresh * randn(x.shape, generator, x.device, x.dtype)
-        )
+        z = randn(x.shape, generator, x.device, x.dtype)
+        path.append(keep * path[-1] + fresh * z)
     return torch.stack(path)
 
 # %% ../nbs/11_sde.ipynb #36d7faf7
+@enter("sampler", "euler_maruyama")
 def euler_maruyama(
     denoise,  # (x, t) -> x0_hat
     process: Process,
@@ -150,13 +140,14 @@ def euler_maruyama(
     t: Tensor,  # (B,) now; sigma(t) > 0, alpha(t) > 0
     s: Tensor,  # (B,) next, smaller
     generator=None,  # a torch.Generator, or one per example
+    memory=None,  # not used
 ):  # x_s, x0_hat, both of x's shape; ValueError where alpha(t) is 0
     """Euler's rule on the reverse-time SDE dx = (f x - g^2 score) dt + g dw (Song et
     al. 2021, eq. 6); where sigma(s) = 0, the estimate itself."""
     f, g2 = (bcast(v, x).to(x) for v in drift_diffusion(process, t))
-    (alpha, sigma), dt = process.coeffs(t, x), bcast(_wide(t) - _wide(s), x).to(x)
+    dt = bcast(downhill(t, s) * (wide(t) - wide(s)), x).to(x)
     x0_hat = denoise(x, t)
-    x_s = x - dt * (f * x - g2 * (alpha * x0_hat - x) / sigma**2)
+    x_s = x - dt * (f * x - g2 * score_at(process, x, t, x0_hat))
     fresh = (g2 * dt).sqrt() * randn(x.shape, generator, x.device, x.dtype)
     return torch.where(process.coeffs(s, x)[1] > 0, x_s + fresh, x0_hat), x0_hat
 
@@ -164,30 +155,26 @@ def euler_maruyama(
 def probability_flow(
     denoise,  # (x, t) -> x0_hat
     process: Process,
-    # velocity(x, t) -> dx/dt (B, ...), for x (B, ...) and t (B,) or one time; sigma(t)
-    # > 0
-):
+):  # velocity(x, t) -> dx/dt (B, ...); t (B,) or one time, sigma(t) > 0
     """The deterministic way that has the same marginals (Song et al. 2021, eq. 13):
     dx/dt = x0_hat * alpha' + eps_hat * sigma'."""
 
     def velocity(x, t):
         t = torch.as_tensor(t, device=x.device).expand(len(x))
-        (alpha, sigma), (d_alpha, d_sigma) = process.coeffs(t, x), (
-            bcast(v, x).to(x) for v in rates(process, t)
-        )
+        alpha, sigma = process.coeffs(t, x)
+        d_alpha, d_sigma = (bcast(v, x).to(x) for v in rates(process, t))
         x0_hat = denoise(x, t)
         return d_alpha * x0_hat + d_sigma * (x - alpha * x0_hat) / sigma
 
     return velocity
 
 # %% ../nbs/11_sde.ipynb #3628658b
+@enter("sampler", "predictor_corrector", makes=True)
 def corrected(
-    step=euler_maruyama,  # the predictor: any step
+    step=euler_maruyama,  # the predictor: any rule, or its name
     n: int = 1,  # Langevin steps after it
     snr: float = 0.16,  # length of a Langevin step over that of its noise
-    # a step: (denoise, process, x, t, s, generator) -> x_s, x0_hat; n + 1 evaluations,
-    # 1 where sigma(s) is 0
-):
+):  # a rule; n + 1 evaluations, 1 where sigma(s) is 0
     """Predictor-corrector: after each step, Langevin steps at the new noise level (Song
     et al. 2021, algorithms 2 to 5)."""
     if n < 0 or snr <= 0:
@@ -195,17 +182,19 @@ def corrected(
             f"a corrector takes n >= 0 Langevin steps with snr > 0, not n = {n}, snr ="
             f" {snr}"
         )
+    rule = pick("sampler", step)
+    keeps = remembers(rule)
 
-    def both(denoise, process, x, t, s, generator=None, **kw):
-        x, x0_hat = step(denoise, process, x, t, s, generator=generator, **kw)
-        alpha, sigma = process.coeffs(s, x)
+    def both(denoise, process, x, t, s, generator=None, memory=None, **kw):
+        kw = kw | dict(memory=memory) if keeps else kw
+        x, x0_hat = rule(denoise, process, x, t, s, generator=generator, **kw)
+        sigma = process.coeffs(s, x)[1]
         if not (sigma > 0).all():
             return x, x0_hat
+        size = (2 * snr * sigma.flatten()) ** 2  # the paper measures |noise| / |score|
         for _ in range(n):
             x0_hat = denoise(x, s)
-            score = (alpha * x0_hat - x) / sigma**2
-            # the paper measures |noise| / |score|, sigma on average
-            x = langevin(x, score, (2 * snr * sigma.flatten()) ** 2, generator)
+            x = langevin(x, score_at(process, x, s, x0_hat), size, generator)
         return x, x0_hat
 
     return both
@@ -216,25 +205,19 @@ def solve_ode(
     process: Process,
     x: Tensor,  # (B, ...) at t_from
     t_from: float,  # where to start
-    # where to end, earlier or later; both above 0 (velocity is not defined at sigma =
-    # 0)
-    t_to: float,
+    t_to: float,  # where to end, earlier or later; sigma is above 0 at both
     rtol: float = 1e-5,  # error allowed per step, relative to x
     atol: float = 1e-5,  # and absolute
-    # of scipy.integrate.solve_ivp: orders 5 and 4; 'DOP853' for tiny tolerances
-    method: str = "RK45",
+    method: str = "RK45",  # of scipy's solve_ivp; 'DOP853' for tiny tolerances
     at: Tensor | None = None,  # (K,) times from t_from to t_to at which to see the way
-    # x at t_to (B, ...), or at all of these times (K, B, ...), and the number of
-    # evaluations; ValueError where the solver cannot go on
-):
-    """Probability-flow ODE with steps that adapt to the error, forth or back (scipy's
-    solve_ivp); one step size for the whole batch."""
+):  # x at t_to (B, ...), or at all of `at` (K, B, ...), and the number of evaluations
+    """Probability-flow ODE with steps that adapt to the error, forth or back; one step
+    size for the whole batch. ValueError where the solver cannot go on."""
     from scipy.integrate import solve_ivp
 
-    wide = torch.float32 if x.device.type in NO_FLOAT64 else torch.float64
-    if not (
-        process.sigma(torch.tensor([t_from, t_to], dtype=wide, device=x.device)) > 0
-    ).all():
+    exact = finest(x.device)
+    ends = torch.tensor([t_from, t_to], dtype=exact, device=x.device)
+    if not (process.sigma(ends) > 0).all():
         raise ValueError(
             f"the ODE has no velocity where sigma is 0: from {t_from:g} to {t_to:g} is"
             f" too far; leave the rest, such as {process.t_max / 1000:g} to 0, to a"
@@ -243,11 +226,9 @@ def solve_ode(
     velocity = probability_flow(denoise, process)
 
     def field(t, flat):
+        now = torch.as_tensor(flat, dtype=x.dtype).to(x.device).reshape(x.shape)
         with torch.no_grad():
-            v = velocity(
-                torch.as_tensor(flat, dtype=x.dtype).to(x.device).reshape(x.shape),
-                torch.tensor([t], dtype=wide),
-            )
+            v = velocity(now, torch.tensor([t], dtype=exact))
         if not v.isfinite().all():
             raise ValueError(
                 f"the velocity at t = {t:g} is not finite: look at what the denoiser"
@@ -255,15 +236,9 @@ def solve_ode(
             )
         return v.cpu().double().flatten().numpy()
 
-    found = solve_ivp(
-        field,
-        (float(t_from), float(t_to)),
-        x.cpu().double().flatten().numpy(),
-        method,
-        None if at is None else at.tolist(),
-        rtol=rtol,
-        atol=atol,
-    )
+    start, span = x.cpu().double().flatten().numpy(), (float(t_from), float(t_to))
+    seen = None if at is None else at.tolist()
+    found = solve_ivp(field, span, start, method, seen, rtol=rtol, atol=atol)
     if not found.success:
         raise ValueError(f"the solver stopped at t = {found.t[-1]:g}: {found.message}")
     way = torch.as_tensor(found.y.T, dtype=x.dtype).reshape(-1, *x.shape).to(x.device)
@@ -272,16 +247,27 @@ def solve_ode(
 # %% ../nbs/11_sde.ipynb #4dddf570
 def time_of(
     process: Process,
-    # noise levels sigma / alpha, any shape; those above the process's strongest give
-    # t_max
-    level,
-) -> Tensor:  # times, float64, of level's shape
-    """The time at which a process has a given noise level, by bisection: the dictionary
-    between processes."""
-    level = torch.as_tensor(level, dtype=torch.float64)
+    level,  # noise levels sigma / alpha, any shape
+    beyond: bool = False,  # may a time be later than t_max, as far as t_end?
+) -> Tensor:  # times of level's shape, float64; at most t_max (t_end)
+    "The time of a noise level, by bisection: the dictionary between processes."
+    exact = finest(getattr(level, "device", None))
+    level = torch.as_tensor(level, dtype=exact)
+
+    def below(t):
+        return process.sigma(t).to(t) < level * process.alpha(t).to(t)
+
     lo, hi = torch.zeros_like(level), torch.full_like(level, float(process.t_max))
+    while beyond and (late := below(hi) & (hi < process.t_end)).any():
+        hi = torch.where(late, (2 * hi).clamp(max=process.t_end), hi)
     for _ in range(80):
         mid = (lo + hi) / 2
-        below = process.sigma(mid).to(mid) < level * process.alpha(mid).to(mid)
-        lo, hi = torch.where(below, mid, lo), torch.where(below, hi, mid)
+        early = below(mid)
+        lo, hi = torch.where(early, mid, lo), torch.where(early, hi, mid)
     return hi
+
+
+@patch
+def at_level(self: Process, level: Tensor) -> Tensor:  # of level's shape and type
+    "The times in (0, t_max] of noise levels, on their device: see `time_of`."
+    return time_of(self, level).to(level)

@@ -153,10 +153,23 @@ def syllabus() -> str:
     return "\n".join(out)
 
 
-def api() -> dict:
-    "module -> page: every public name with its signature and the comment beside each argument."
+def described(thing) -> str:
+    "Signature with the comment beside each argument, and docstring, without nbdev's heading."
     from nbdev.showdoc import BasicMarkdownRenderer, show_doc
 
+    text = show_doc(thing, renderer=BasicMarkdownRenderer, title_level=2)._repr_markdown_()
+    text = re.sub(r"\{target=[^}]*\}", "", text)
+    text = re.sub(r"^(---|\[source\].*|#+ .*)$", "", text, flags=re.M)
+    _, signature, words = text.split("```", 2)
+    # a comment of several lines comes without its indentation: such lines belong to the one before
+    signature = re.sub(r"\n(?!python|def |class |\)| |\n)", " ", signature.strip())
+    first, *rest = (thing.__doc__ or "").strip().split("\n\n")
+    words = "\n\n".join([f"*{' '.join(first.split())}*", *rest])
+    return re.sub(r"\n{3,}", "\n\n", f"```{signature}\n```\n\n{words}").strip()
+
+
+def api() -> dict:
+    "module -> page: every public name with its signature and the comment beside each argument."
     pages = {}
     for path in sorted((ROOT / CFG["lib_path"]).glob("[a-z]*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -185,13 +198,7 @@ def api() -> dict:
                 or not hasattr(thing, "__qualname__")
             ):
                 continue
-            text = str(
-                show_doc(thing, renderer=BasicMarkdownRenderer, title_level=2)._repr_markdown_()
-            )
-            text = re.sub(
-                r"^(---|\[source\].*|#+ .*)$", "", re.sub(r"\{target=[^}]*\}", "", text), flags=re.M
-            )  # a heading of our own
-            out += [f"## {name}", "", re.sub(r"\n{3,}", "\n\n", text).strip(), ""]
+            out += [f"## {name}", "", described(thing), ""]
         if len(out) > 5:
             pages[path.stem] = "\n".join(out)
     return pages

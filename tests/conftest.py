@@ -1,6 +1,7 @@
 """What tests share: the same random numbers in every run, Chromium for the browser tests, a folder
 for their screenshots, and the order of the files: the longest first."""
 
+import importlib.util
 import random
 import shutil
 import sys
@@ -46,6 +47,20 @@ def pytest_addoption(parser):
             " luck"
         ),
     )
+    parser.addoption(
+        "--families",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a file of yours that enters processes: the tests over all families run on them, too",
+    )
+
+
+def pytest_configure(config):
+    for path in map(Path, config.getoption("--families")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
 
 
 def pytest_collection_modifyitems(config, items):

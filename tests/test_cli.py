@@ -50,7 +50,7 @@ def one_step(monkeypatch):
         x, y = next(iter(dls.train))
         self.prepare(dls, total_steps=1, **QUICK)
         loss = self.train_step(x[:2], y[:2]).mean().item()
-        assert torch.isfinite(torch.tensor(loss)) and int(self.diverged) < 0
+        assert torch.isfinite(torch.tensor(loss)) and int(self.trainer.diverged) < 0
         self.history.append(dict(loss=loss))
         trained.append(self)
 

@@ -1,6 +1,7 @@
 """Predictions, the Denoiser, the exact denoiser and the loss floor against truths in closed
 form."""
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ddpm_course.core import bcast
+from ddpm_course.core import bcast, build
 from ddpm_course.denoiser import (
     PARAMS,
     Denoiser,
@@ -645,3 +646,114 @@ def test_floor_shapes_types_and_chunks():
         DDPM(), eps_param, x0s, torch.tensor([100, 500, 900]), 50, gen(0), with_error=True, chunk=7
     )
     assert ((small - whole).abs() < 6 * err + 1e-6).all()  # other random numbers, same truth
+
+
+# ---------------------------------------------------------------- weights, times, descriptions
+def wave(x, clock, cond):
+    return (2 * x).sin()
+
+
+@pytest.mark.parametrize("process", [DDPM(), DDPM(1000, "cosine")], ids=["linear", "cosine"])
+@pytest.mark.parametrize("param, weight", dict(eps="snr", score="snr", x0="x0", v="v").items())
+def test_the_plain_loss_is_a_weight_of_the_image_error(process, param, weight):
+    x0 = torch.randn(64, 3, generator=gen(0), dtype=torch.float64)
+    told = Denoiser(wave, process, param, weight=weight).loss(x0, generator=gen(1))
+    torch.testing.assert_close(Denoiser(wave, process, param).loss(x0, generator=gen(1)), told)
+
+
+def test_edms_weight_is_that_of_its_table():
+    from ddpm_course.edm import EDM
+
+    x0 = torch.randn(64, 3, generator=gen(0), dtype=torch.float64)
+    weight, param = (dict(name="edm", sigma_data=0.7) for _ in range(2))
+    for process in (EDM(), DDPM()):
+        told = Denoiser(wave, process, param, weight=weight).loss(x0, generator=gen(1))
+        plain = Denoiser(wave, process, param).loss(x0, generator=gen(1))
+        torch.testing.assert_close(plain, told, rtol=1e-5, atol=1e-8)
+    sigma = torch.tensor([0.1, 3.0], dtype=torch.float64)
+    got = build("weight", "edm", sigma_data=0.7)(torch.ones(2, dtype=torch.float64), sigma)
+    torch.testing.assert_close(got, (sigma**2 + 0.49) / (0.7 * sigma) ** 2)
+
+
+@pytest.mark.parametrize("param", ["eps", "x0", "v"])
+def test_min_snr_is_the_same_loss_of_the_image_whatever_is_predicted(param):
+    "And for an eps network that is wrong by a constant, min(snr, gamma) / snr times its loss."
+    process, x0 = DDPM(), torch.randn(40, 3, generator=gen(0), dtype=torch.float64)
+    d = Denoiser(wave, process, param, weight=dict(name="min_snr", gamma=3.0))
+    t, eps = process.sample_t(40, generator=gen(1)), torch.randn(x0.shape, dtype=torch.float64)
+    off = d(process.add_noise(x0, t, eps), t) - x0
+    want = process.snr(t).clamp(max=3) * off.pow(2).mean(1)
+    torch.testing.assert_close(d.loss(x0, t=t, eps=eps), want, rtol=1e-7, atol=1e-9)
+    assert d.loss(x0, t=t, eps=eps).shape == (40,)
+
+
+def test_times_are_drawn_where_it_is_told_to_look():
+    process, seen = DDPM(), []
+    net = lambda x, clock, cond: seen.append(clock) or x
+    x0 = torch.zeros(5000, 1)
+    Denoiser(net, process, "x0", times="logit_normal").loss(x0, generator=gen(0))
+    Denoiser(net, process, "x0", times=dict(name="logit_normal", mean=2.0)).loss(x0)
+    Denoiser(net, process, "x0", times=lambda p, n, device, g: torch.full((n,), 7)).loss(x0)
+    Denoiser(net, process, "x0").loss(x0, generator=gen(0))
+    Denoiser(net, process, "x0", times="process").loss(x0, generator=gen(0))
+    middle, late, seven, plain, own = seen
+    assert 0.15 < (middle / 1000).var() ** 0.5 < 0.25 < (plain / 1000).var() ** 0.5
+    assert late.median() > 850 and (seven == 7).all() and torch.equal(plain, own)
+
+
+def test_log_normal_levels_on_any_process():
+    from ddpm_course.edm import EDM
+    from ddpm_course.sde import VP
+
+    for process in (DDPM(1000, "cosine"), VP(), EDM()):
+        t = build("times", "log_normal", mean=-0.5, std=0.8)(process, 4000, generator=gen(2))
+        level = (process.sigma(t.double()) / process.alpha(t.double())).log()
+        assert abs(level.mean() + 0.5) < 0.06 and abs(level.std() - 0.8) < 0.04
+        assert t.dtype == torch.float32 and t.max() <= process.t_max
+
+
+def test_a_denoiser_comes_back_from_its_description():
+    first = Denoiser(
+        wave,
+        DDPM(50, "cosine"),
+        dict(name="edm", sigma_data=0.3),
+        weight=dict(name="min_snr", gamma=2.0),
+        times=dict(name="logit_normal", std=0.5),
+    )
+    told = json.loads(json.dumps(first.config))
+    again, x0 = Denoiser(wave, **told), torch.randn(20, 3)
+    assert again.config == first.config == told
+    assert torch.equal(again.loss(x0, generator=gen(0)), first.loss(x0, generator=gen(0)))
+    plain = Denoiser(wave, DDPM(), eps_param)
+    rest = dict(param=dict(name="eps"), weight=None, times=None)
+    assert plain.config == dict(process=DDPM().config) | rest
+
+
+def test_what_has_no_name_cannot_be_written_down():
+    mine = lambda alpha, sigma: x0_param(alpha, sigma)
+    d = Denoiser(wave, DDPM(), mine)  # it trains all the same
+    assert d.loss(torch.zeros(3, 2)).shape == (3,)
+    with pytest.raises(ValueError, match="cannot be written down.*@enter\\('prediction'"):
+        d.config
+    for kw, near in ((dict(weight="min_srn"), "min_snr"), (dict(times="logit"), "logit_normal")):
+        with pytest.raises(ValueError, match=f"Did you mean '{near}'"):
+            Denoiser(wave, DDPM(), "x0", **kw)
+
+
+def test_every_frame_may_have_its_own_time():
+    d = Denoiser(lambda x, clock, cond: x.tanh(), DDPM(), v_param, weight="min_snr")
+    x0, t = torch.randn(2, 3, 5, dtype=torch.float64), torch.randint(1, 1000, (2, 5))
+    eps = torch.randn(x0.shape, dtype=torch.float64)
+    x = d.process.add_noise(x0, t, eps)
+    alone = torch.stack([d(x[:, :, f], t[:, f]) for f in range(5)], 2)
+    torch.testing.assert_close(d(x, t), alone)
+    losses = [d.loss(x0[:, :, f], t=t[:, f], eps=eps[:, :, f]) for f in range(5)]
+    torch.testing.assert_close(d.loss(x0, t=t, eps=eps), torch.stack(losses).mean(0))
+
+
+def test_conditions_of_any_shape_pass_through_untouched():
+    seen, cond = [], dict(words=torch.ones(2, 7), sizes=(torch.zeros(2), None))
+    net = lambda x, clock, cond: seen.append(cond) or x
+    d = Denoiser(net, DDPM(), "x0")
+    d.loss(torch.zeros(2, 3), cond), d(torch.zeros(2, 3), 5, cond)
+    assert seen[0] is cond and seen[1] is cond

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm_course.core import example_generators
+from ddpm_course.core import build, example_generators
 from ddpm_course.denoiser import Denoiser, edm_param, eps_param
 from ddpm_course.edm import EDM, churn, rho_levels, rho_steps
 from ddpm_course.flow import Flow
@@ -370,3 +370,39 @@ def test_like_diffusers_euler_on_the_karras_grid(n):  # their x is ours over alp
 def test_errors(f, says):
     with pytest.raises(ValueError, match=says):
         f()
+
+
+# ---------------------------------------------------------------- above the end of the road
+@pytest.mark.parametrize("name", ["edm", "vp"])
+def test_churn_rises_above_t_max_where_the_formulas_go_on(name):
+    "EDM at level 80 with gamma 0.4 goes to 112; it stayed at 80."
+    p, asked = PROCESSES[name], []
+    top = torch.full((4,), float(p.t_max), dtype=F64)
+    want = 1.4 * level(p, top)[0]
+
+    def denoise(x, t):
+        asked.append(level(p, t)[0].item())
+        return 0 * x
+
+    churn(0.4, high=math.inf, step=euler)(denoise, p, noisy(), top, top / 2, seeded())
+    assert asked[0] == pytest.approx(want.item(), rel=1e-9) and p.t_end == math.inf
+
+
+@pytest.mark.parametrize("name", ["ddpm", "flow"])
+def test_churn_stays_on_the_road_where_it_ends(name):
+    p, asked = PROCESSES[name], []
+    top, s = torch.full((4,), float(p.t_max), dtype=F64), time_of(PROCESSES[name], at(1.0))
+    denoise = lambda x, t: asked.append(t[0].item()) or 0 * x
+    out = churn(0.4, high=math.inf, step=euler)(denoise, p, noisy(), top, s, seeded())[0]
+    assert asked == [p.t_max] and p.t_end == p.t_max and out.isfinite().all()
+
+
+def test_churn_is_built_with_settings_and_comes_back():
+    rule = build("sampler", "churn", gamma=0.3, step="euler")
+    assert rule.config["gamma"] == 0.3 and rule.config["low"] == 0.05
+    again = build("sampler", **churn(0.3, step=euler).config)
+    a, b, c = (
+        f(gaussian(EDM(), 0.5), EDM(), noisy(), at(1.0), at(0.5), seeded())[0]
+        for f in (rule, again, churn(0.3, step=euler))
+    )
+    assert torch.equal(a, c) and torch.equal(b, c)

@@ -42,7 +42,7 @@ def test_mistake_03_unequal_batches_weigh_by_their_examples():
     diff = tiny_diffusion().prepare(tiny_dls(n=21, batch_size=10), epochs=1, **QUICK)
 
     def step(x, y):
-        diff.batch += 1
+        diff.trainer.batch += 1
         return torch.full((len(x),), 1.0 if len(x) == 10 else 22.0)
 
     diff.train_step = step

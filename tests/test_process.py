@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm_course import process
+from ddpm_course import core
 from ddpm_course.process import (
     DDPM,
     SCHEDULES,
@@ -322,7 +322,7 @@ def test_follows_the_module_to_a_device(device):
 def test_device_without_float64(monkeypatch):
     """As on mps: the table goes there as float32, no float64 is ever sent, and what comes back is
     exact."""
-    monkeypatch.setattr(process, "NO_FLOAT64", ("meta",))
+    monkeypatch.setattr(core, "NO_FLOAT64", ("meta",))
     seen, p = [], DDPM()
 
     def move(x):
@@ -421,3 +421,75 @@ def test_table_reads_entries_and_lines_between():
         and table(2.0) == 5
     )
     close(sigmoid().log()[-1], math.log(1e-9))
+
+
+# ---- verbs that a sibling overrides, times of frames
+
+
+def test_corrupt_draws_the_noise_and_mixes():
+    x0, t = torch.randn(4, 3), torch.tensor([1, 200, 700, 1000])
+    for p in (DDPM(), Straight()):
+        t = t * p.t_max / 1000
+        x, eps = p.corrupt(x0, t, torch.Generator().manual_seed(3))
+        assert eps.equal(torch.randn(4, 3, generator=torch.Generator().manual_seed(3)))
+        assert x.equal(p.add_noise(x0, t, eps)) and p.corrupt(x0, t, eps=eps)[0].equal(x)
+    each = [torch.Generator().manual_seed(i) for i in range(4)]
+    one = DDPM().corrupt(x0[2:3], 5, [torch.Generator().manual_seed(2)])[1]
+    assert DDPM().corrupt(x0, 5, each)[1][2:3].equal(one)
+
+
+def test_a_sibling_that_overrides_the_prior_is_asked_under_both_names():
+    class Absorb(Process):
+        def prior(self, shape, device=None, generator=None):
+            return torch.full(shape, -1.0, device=device)
+
+    assert (Absorb().init_noise((2, 3)) == -1).all()
+
+
+class Straight(Process):
+    def alpha(self, t):
+        return 1 - torch.as_tensor(t).double()
+
+    def sigma(self, t):
+        return torch.as_tensor(t).double()
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 3, 5), (2, 3, 5, 4), (2, 3, 5, 4, 4)], ids=str)
+@pytest.mark.parametrize("p", [DDPM(), Straight()], ids=["ddpm", "line"])
+def test_every_frame_may_have_a_time_of_its_own(p, shape):
+    g = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, *shape, generator=g)
+    t = (torch.rand(2, 5, generator=g) * p.t_max).round() if p.t_max > 1 else torch.rand(2, 5)
+    x, axis = p.add_noise(x0, t, eps), 1 if len(shape) == 2 else 2
+    for f in range(5):  # frame by frame, as if the others were not there
+        a, e = (v.select(axis, f) for v in (x0, eps))
+        assert torch.allclose(x.select(axis, f), p.add_noise(a, t[:, f], e), atol=1e-6)
+    same = p.add_noise(x0, t[:, :1].expand(2, 5), eps)
+    assert torch.allclose(same, p.add_noise(x0, t[:, 0], eps))
+
+
+@pytest.mark.parametrize("t", [(3, 5), (2, 3), (2, 5, 1), (5, 2)], ids=str)
+def test_times_of_frames_must_fit(t):
+    with pytest.raises(ValueError, match=r"\(B, F\) for x of shape \(B, F\) or \(B, C, F, ...\)"):
+        Straight().add_noise(torch.zeros(2, 3, 5), torch.zeros(t), torch.zeros(2, 3, 5))
+
+
+def test_grids_are_float64():
+    "In float32 the end of a grid was beyond t_max: cos(pi/2) came out as -4e-8."
+
+    class Trig(Straight):
+        t_max = math.pi / 2
+
+    assert Trig().steps(7).dtype == F64 and Trig().steps(7)[0] == math.pi / 2
+    assert 0 < torch.cos(Trig().steps(4)[0]) < 1e-16
+
+
+def test_where_training_looks_is_a_choice():
+    p, g = DDPM(50), torch.Generator
+    p.times = "uniform"
+    t = p.sample_t(2000, generator=g().manual_seed(0))
+    assert t.is_floating_point() and 0 < t.min() and t.max() <= 50 and t.unique().numel() > 1900
+    assert DDPM.times == "whole" and not DDPM(50).sample_t(5).is_floating_point()
+    with pytest.raises(ValueError, match="unknown times 'unifrom'.*Did you mean 'uniform'"):
+        p.times = "unifrom"
+        p.sample_t(3)

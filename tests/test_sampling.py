@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ddpm_course.sampling as sampling
-from ddpm_course.core import example_generators
+from ddpm_course.core import build, example_generators
 from ddpm_course.denoiser import Denoiser, exact_denoiser
 from ddpm_course.process import DDPM, Process
 from ddpm_course.sampling import STEPS, ancestral, clip_x0, euler, heun, sample, step_variances
@@ -818,3 +818,65 @@ def test_generators_must_be_one_per_example():
             eta=1.0,
             generator=example_generators(0, 2),
         )
+
+
+# ---------------------------------------------------------------- rules that remember
+def test_every_walk_has_a_memory_of_its_own():
+    def rule(denoise, process, x, t, s, memory, generator=None):
+        seen.append((id(memory), dict(memory)))
+        memory["last"] = t[0].item()
+        return euler(denoise, process, x, t, s)
+
+    process, d, seen = DDPM(), gaussian(DDPM(), 0.5), []
+    x = torch.randn(2, 3, dtype=F64)
+    for _ in range(2):
+        sample(d, process, x, process.steps(2), rule)
+    assert [m for _, m in seen] == [{}, {"last": 1000}] * 2
+    mine = {}
+    sample(d, process, x, process.steps(2), rule, memory=mine)
+    assert mine == {"last": 500}
+
+
+def test_a_rule_of_ones_own_need_not_know_of_memory():
+    def rule(denoise, process, x, t, s, generator=None):
+        return euler(denoise, process, x, t, s)
+
+    def open_rule(denoise, process, x, t, s, **kw):
+        assert kw["memory"] == {}
+        return rule(denoise, process, x, t, s)
+
+    from ddpm_course.edm import churn
+    from ddpm_course.sde import corrected
+
+    process, x = DDPM(), torch.randn(2, 3, dtype=F64)
+    d, ts = gaussian(DDPM(), 0.5), process.steps(5)
+    want = sample(d, process, x, ts)
+    for mine in (rule, open_rule, churn(0.0, step=rule), corrected(rule, n=0), "euler"):
+        assert torch.allclose(sample(d, process, x, ts, mine), want, atol=1e-8)
+    with pytest.raises(ValueError, match="Did you mean 'euler'"):
+        sample(d, process, x, ts, "eulr")
+
+
+@pytest.mark.parametrize(
+    "kw",
+    [dict(eta=0.3), dict(step=ancestral), dict(step=ancestral, variance="beta")],
+    ids=["eta", "posterior", "beta"],
+)
+def test_fresh_noise_goes_only_from_noise_to_data(kw):
+    process, x = DDPM(), torch.randn(2, 3, dtype=F64)
+    up = torch.tensor([10, 400, 900])
+    with pytest.raises(ValueError, match="rises from 10 to 400: take euler or heun"):
+        sample(gaussian(process, 0.5), process, x, up, **kw)
+    for step in (euler, heun):
+        assert sample(gaussian(process, 0.5), process, x, up, step).isfinite().all()
+
+
+def test_samplers_are_built_with_settings():
+    rule = build("sampler", "ancestral", variance="beta")
+    process, x = DDPM(), torch.randn(2, 3, dtype=F64)
+    t, s = torch.full((2,), 500), torch.full((2,), 400)
+    got = rule(gaussian(process, 0.5), process, x, t, s, generator=seeded())[0]
+    want = ancestral(gaussian(process, 0.5), process, x, t, s, "beta", seeded())[0]
+    assert torch.equal(got, want) and rule.config == dict(name="ancestral", variance="beta")
+    with pytest.raises(ValueError, match="has no setting 'varaince'.*'variance'"):
+        build("sampler", "ancestral", varaince="beta")

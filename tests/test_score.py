@@ -347,3 +347,27 @@ def test_bad_input_gets_a_sentence(call, said):
         call()
     assert said in str(e.value), str(e.value)
     assert "\n" not in str(e.value)
+
+
+def test_points_without_noise_are_themselves():
+    "0 / 0: a heap of width 0 at a time of sigma 0 gave NaN."
+    means = torch.tensor([[-1.0, 0.0], [1.0, 0.5]], dtype=F64)
+    for dtype in (F64, torch.float32):
+        points, mixed = (GaussianMixture(means.to(dtype), std) for std in (0.0, [0.0, 0.2]))
+        for p in (NCSN(10, 0.1, 3.0), DDPM()):
+            for law in (points, mixed):
+                got = law.denoiser(p)(means.to(dtype), 0.0)
+                assert torch.equal(got, means.to(dtype))
+            wide = means[1:].to(dtype) + 0.1  # in the heap that has a width: itself
+            assert torch.allclose(mixed.denoiser(p)(wide, 0.0), wide, atol=1e-6)
+            near = points.denoiser(p)(means.to(dtype) + 0.1, 0.0)
+            assert torch.equal(near, means.to(dtype))  # the nearest of them
+
+
+def test_shares_keep_their_digits():
+    "A list of weights was rounded to float32."
+    law = GaussianMixture(torch.zeros(3, 1, dtype=F64), 1.0, [0.1, 0.2, 0.7])
+    want = torch.tensor([0.1, 0.2, 0.7], dtype=F64)
+    torch.testing.assert_close(law.log_weights.exp(), want, rtol=1e-15, atol=0)
+    assert law.sample(5).dtype == F64
+    assert GaussianMixture(law.means, 1.0, [1, 2, 7]).sample(2).shape == (2, 1)

@@ -1,6 +1,7 @@
 """Multistep solvers against diffusers' schedulers over whole walks, closed forms, and their own
 memory; grids; thresholding."""
 
+import functools
 import math
 
 import pytest
@@ -9,15 +10,24 @@ from common import tiny_diffusion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ddpm_course.core import build
 from ddpm_course.denoiser import exact_denoiser
-from ddpm_course.edm import EDM, rho_levels
+from ddpm_course.edm import EDM, churn, rho_levels, rho_steps
 from ddpm_course.flow import Flow
 from ddpm_course.model import make_step
 from ddpm_course.process import DDPM
 from ddpm_course.sampling import euler, heun, sample
 from ddpm_course.score import NCSN, GaussianMixture
 from ddpm_course.sde import VE, VP, SubVP, corrected
-from ddpm_course.solvers import _moments, dpmpp_2m, linear_part, log_snr_steps, threshold, unipc
+from ddpm_course.solvers import (
+    _moments,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    linear_part,
+    log_snr_steps,
+    threshold,
+    unipc,
+)
 
 F64 = torch.float64
 SOLVERS = dict(dpmpp_2m=dpmpp_2m, unipc=unipc)
@@ -305,29 +315,97 @@ def test_memory_starts_anew(name):
     assert torch.allclose(torch.cat(chunks), want, atol=1e-14)
     sample(denoise, process, x, torch.tensor([900, 650, 200]), step)  # another grid between
     assert torch.equal(sample(denoise, process, x, ts, step), want)
-    first = sample(denoise, process, x, ts[:3], step)  # stops on the way, goes on later: one walk
-    assert torch.equal(sample(denoise, process, first, ts[2:], step), want)
-    single = SOLVERS[name]()
-    single(denoise, process, x, torch.full((6,), 700), torch.full((6,), 400))
-    # another shape at the same time: a new walk
-    out = single(denoise, process, x[:5], torch.full((5,), 400), torch.full((5,), 100))[0]
-    assert torch.allclose(
-        out,
-        euler(denoise, process, x[:5], torch.full((5,), 400), torch.full((5,), 100))[0],
-        atol=1e-12,
-    )
-    single(lambda x, t: x, process, x, torch.full((6,), 700), torch.full((6,), 400))
-    assert single(lambda x, t: x, process, x[:, :1], torch.full((6,), 400), torch.full((6,), 100))[
-        0
-    ].shape == (
-        6,
-        1,
-    )  # as many examples, but smaller ones
-    single(denoise, process, x, torch.full((6,), 700), torch.full((6,), 400))
-    assert (
-        single(denoise, process, x.float(), torch.full((6,), 400), torch.full((6,), 100))[0].dtype
-        == torch.float32
-    )  # another type, too
+    # stops on the way, goes on later with the same memory: one walk
+    mine = {}
+    first = sample(denoise, process, x, ts[:3], step, memory=mine)
+    assert torch.equal(sample(denoise, process, first, ts[2:], step, memory=mine), want)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_walk_that_begins_where_another_ended_is_another_walk(name):
+    "It was taken for the same one: -1.507 instead of -1.369."
+    process, step = DDPM(), SOLVERS[name]()
+    denoise, (a, b) = MIX.denoiser(process), torch.randn(2, 6, 2, generator=seeded(), dtype=F64)
+    high, low = (torch.tensor(v, dtype=F64) for v in ([990, 700, 500], [500, 200, 10]))
+    sample(denoise, process, a, high, step)
+    want = sample(denoise, process, b, low, SOLVERS[name]())
+    assert torch.equal(sample(denoise, process, b, low, step), want)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_without_memory_every_step_is_ddim(name):
+    process, step = DDPM(), SOLVERS[name]()
+    denoise, x = MIX.denoiser(process), torch.randn(6, 2, generator=seeded(), dtype=F64)
+    for t, s in ((900, 600), (600, 300), (600, 300), (300, 0)):
+        t, s = torch.full((6,), t), torch.full((6,), s)
+        want = euler(denoise, process, x, t, s)[0]
+        assert torch.allclose(step(denoise, process, x, t, s)[0], want, atol=1e-12)
+
+
+def spread_missed(rule, process, n, size=60_000):
+    "Of N(0.7, 0.5^2): how far the standard deviation of the samples is off."
+    law = GaussianMixture(torch.full((1, 1), 0.7, dtype=F64), 0.5)
+    u = torch.linspace(-1, 1, size + 2, dtype=F64)[1:-1, None]
+    ts = rho_steps(process, n)
+    top = ((0.5 * process.alpha(ts[:1])) ** 2 + process.sigma(ts[:1]) ** 2).sqrt()
+    x = 0.7 * process.alpha(ts[:1]) + top * u.erfinv() * 2**0.5
+    out = sample(law.denoiser(process), process, x, ts, rule, generator=seeded(5))
+    return abs(out.std().item() - 0.5)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("process", [EDM(), VP()], ids=["edm", "vp"])
+def test_a_solver_inside_churn_keeps_its_memory(process, name):
+    "It fell back to first order: 0.038 and 0.020 at 40 and 80 steps, in place of 0.010 and 0.003."
+
+    def missed(make, n):  # the paper's S_churn is 1
+        rule = churn(1 / n, low=0, high=math.inf, extra=1.0, step=make)
+        return spread_missed(rule, process, n)
+
+    order = math.log2(missed(SOLVERS[name](), 20) / missed(SOLVERS[name](), 40))
+    first = math.log2(missed(euler, 20) / missed(euler, 40))
+    assert 0.8 < first < 1.2 and order > 1.6, (first, order)
+    assert missed(SOLVERS[name](), 40) < 0.4 * missed(euler, 40)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_churn_without_noise_is_the_solver_inside(name):
+    process, x = VP(), torch.randn(3, 2, generator=seeded(), dtype=F64)
+    ts = process.steps(7)
+    want = sample(MIX.denoiser(process), process, x, ts, SOLVERS[name]())
+    for rule in (churn(0.0, step=name), corrected(SOLVERS[name](), n=0)):
+        got = sample(MIX.denoiser(process), process, x, ts, rule)
+        assert torch.allclose(got, want, atol=1e-8)
+
+
+# ---------------------------------------------------------------- DPM-Solver++ (2M) on the SDE
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("case", PROCESSES)
+def test_2m_sde_walks_every_process(case, eta):
+    process, rule = PROCESSES[case], build("sampler", "dpmpp_2m_sde", eta=eta)
+    assert rule.config == dict(name="dpmpp_2m_sde", eta=eta)
+    x, d = process.prior((2000, 2), generator=seeded()).double(), MIX.denoiser(process)
+    out = sample(d, process, x, process.steps(40), rule, generator=seeded(1))
+    assert out.isfinite().all()
+    assert (out.mean(0) - MIX.means.mean(0)).abs().max() < 0.07
+    near = torch.cdist(out, MIX.means).argmin(1).bincount(minlength=3) / 2000
+    assert (near - 1 / 3).abs().max() < 0.07
+    if eta == 0:
+        plain = sample(d, process, x, process.steps(40), dpmpp_2m())
+        assert torch.equal(out, plain)
+
+
+def test_2m_sde_is_ddpm_without_a_line_and_better_with_it():
+    process, x = VP(), torch.randn(3, 2, generator=seeded(), dtype=F64)
+    t, s = torch.full((3,), 0.6, dtype=F64), torch.full((3,), 0.4, dtype=F64)
+    d = MIX.denoiser(process)
+    got = dpmpp_2m_sde(d, process, x, t, s, generator=seeded())[0]
+    want = euler(d, process, x, t, s, eta=1.0, generator=seeded())[0]
+    assert torch.allclose(got, want, atol=1e-12)
+    missed = [spread_missed(dpmpp_2m_sde, EDM(), n) for n in (40, 80)]
+    first = [spread_missed(functools.partial(euler, eta=1.0), EDM(), n) for n in (40, 80)]
+    assert missed[0] < 0.5 * first[0] and missed[1] < 0.5 * first[1], (missed, first)
+    assert math.log2(missed[0] / missed[1]) > 0.8, missed
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -348,8 +426,12 @@ def test_two_walks_at_once_do_not_meet(name):
         VP().steps(5),
     )
     want, xs = sample(denoise, process, x, ts, SOLVERS[name]()), [x, -x]
+    memories = {}, {}
     for t, s in zip(ts[:-1], ts[1:]):
-        xs = [step(denoise, process, y, t.expand(3), s.expand(3))[0] for step, y in zip((a, b), xs)]
+        xs = [
+            step(denoise, process, y, t.expand(3), s.expand(3), memory=m)[0]
+            for step, y, m in zip((a, b), xs, memories)
+        ]
     assert torch.equal(xs[0], want)
 
 
@@ -358,9 +440,9 @@ def test_examples_may_stand_at_different_times(name):
     process, step = DDPM(), SOLVERS[name]()
     denoise, x = MIX.denoiser(process), torch.randn(3, 2, generator=seeded(), dtype=F64)
     times = torch.tensor([[900, 300, 40], [500, 299, 20], [100, 200, 0]])  # one of them finishes
-    together = x
+    together, memory = x, {}
     for t, s in zip(times[:-1], times[1:]):
-        together = step(denoise, process, together, t, s)[0]
+        together = step(denoise, process, together, t, s, memory=memory)[0]
     alone = [sample(denoise, process, x[i : i + 1], times[:, i], SOLVERS[name]()) for i in range(3)]
     assert together.isfinite().all() and torch.allclose(together, torch.cat(alone), atol=1e-12)
 
@@ -371,9 +453,10 @@ def test_a_correction_keeps_what_others_added(name):
     process, ts = VP(), torch.tensor([1.0, 0.8, 0.5, 0.2], dtype=F64)
 
     def walk(shift, denoise=lambda x, t: torch.full_like(x, 0.3)):
-        step, x = SOLVERS[name](), torch.ones(4, 2, dtype=F64)
+        step, x, memory = SOLVERS[name](), torch.ones(4, 2, dtype=F64), {}
         for t, s in zip(ts[:-1], ts[1:]):
-            x = step(denoise, process, x, t.expand(4), s.expand(4))[0] + shift * (s == 0.8)
+            x = step(denoise, process, x, t.expand(4), s.expand(4), memory=memory)[0]
+            x = x + shift * (s == 0.8)
         return x
 
     # the answers are always the same: a shift shrinks with sigma

@@ -1,4 +1,4 @@
-"The network: its size, its old mistakes, agreement with others, any size and configuration."
+"The network: its size, old mistakes that live in it, agreement with others, any configuration."
 
 import copy
 import json
@@ -22,6 +22,7 @@ from ddpm_course.unet import (
     UNet,
     UNet_conditional,
     Up,
+    attend,
     bcast_channels,
     check_size,
     timestep_embedding,
@@ -272,10 +273,11 @@ def test_mistake_16_one_fused_call(monkeypatch):
     monkeypatch.setattr(
         unet.F,
         "scaled_dot_product_attention",
-        lambda *a, **k: calls.append((a[0].shape, k)) or fused(*a, **k),
+        lambda *a, **k: calls.append((a[0].shape, a[3:], k)) or fused(*a, **k),
     )
     SelfAttention(8)(torch.zeros(2, 8, 4, 6))
-    assert calls == [((2, 4, 24, 2), {})]  # no mask, no dropout: what the fused kernels ask for
+    # no mask, no dropout: what the fused kernels ask for
+    assert calls == [((2, 4, 24, 2), (None,), {})]
 
 
 def test_mistake_16_memory_grows_with_the_pixels_not_their_square():
@@ -378,6 +380,28 @@ def test_attention_agrees_with_torch_in_any_number_of_dimensions(shape):
     tokens = tokens + mha(*[sa.norm(tokens)] * 3, need_weights=False)[0]
     close(sa(x), (tokens + sa.mlp(tokens)).mT.reshape(x.shape), 1e-5)
     assert bcast_channels(torch.ones(2, 12), x).shape == (2, 12, *[1] * len(shape))
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 5), (2, 1), (2, 3, 4)])
+def test_a_clock_of_any_shape(shape):
+    t = 1000 * torch.rand(shape)
+    e = timestep_embedding(t, 8)
+    assert e.shape == (*shape, 8) and torch.equal(
+        e.flatten(0, -2), timestep_embedding(t.flatten(), 8)
+    )
+
+
+def test_a_mask_leaves_tokens_out_in_every_head():
+    q, k, v = torch.randn(2, 5, 12), torch.randn(2, 7, 12), torch.randn(2, 7, 12)
+    mask = torch.tensor([[True, False, True, True, False, False, False], [True] * 7])
+    out = attend(q, k, v, 3, mask)
+    close(out[:1], attend(q[:1], k[:1, [0, 2, 3]], v[:1, [0, 2, 3]], 3), 1e-6)
+    close(out[1:], attend(q[1:], k[1:], v[1:], 3), 1e-6)
+    heads = [
+        torch.softmax(q[..., i] @ k[..., i].mT / 2, -1) @ v[..., i]
+        for i in (slice(0, 4), slice(4, 8), slice(8, 12))
+    ]
+    close(attend(q, k, v, 3), torch.cat(heads, -1), 1e-5)
 
 
 # ---- any size and configuration
@@ -511,6 +535,37 @@ def test_copies_are_independent():
     close(twin(x, t), net(x, t) + 1, 1e-5)
 
 
+# ---- as a graph: no operation may look at data
+
+
+def inputs(n):
+    y = torch.arange(n) % 4  # 3: no label
+    return torch.randn(n, 1, 8, 8), 1000 * torch.rand(n), y
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("labels", [True, False])
+def test_export_with_any_number_of_images(strict, labels):
+    net = UNet_conditional(1, 1, num_classes=3 if labels else None, **SMALL).eval()
+    take = slice(3 if labels else 2)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = ({0: batch},) * len(inputs(2)[take])
+    program = torch.export.export(net, inputs(2)[take], dynamic_shapes=shapes, strict=strict)
+    graph = program.module()
+    for n in (2, 5):
+        args = inputs(n)[take]
+        close(graph(*args), net(*args), 1e-6)
+
+
+def test_compiles_in_one_piece():
+    net = UNet_conditional(1, 1, num_classes=3, **SMALL)
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    for args in (inputs(2), inputs(2)[:2]):
+        assert torch.equal(compiled(*args), net(*args))
+    with pytest.raises(ValueError, match=r"0\.\.2, or 3 for 'no label'"):  # eager still looks
+        net(*inputs(2)[:2], torch.tensor([0, 4]))
+
+
 # ---- bad input
 
 
@@ -537,6 +592,16 @@ def test_copies_are_independent():
             ),
             "takes no labels",
         ),
+        (
+            lambda: UNet(1, 1, **SMALL)(torch.zeros(2, 1, 8, 8), torch.ones(2, 1)),
+            r"one clock value per image, not \(2, 1\)",
+        ),
+        (lambda: check_size((30,), 8), r"^size 30 does.*multiples of 8.*are 24 and 32$"),
+        (
+            lambda: check_size((5, 30, 8), (1, 8, 8)),
+            r"5 x 30 x 8.*multiples of 1 x 8 x 8.*5 x 24 x 8 and 5 x 32 x 8$",
+        ),
+        (lambda: check_size((0, 30, 8), (1, 8, 8)), "1 x 24 x 8 and 1 x 32 x 8"),
         (lambda: labelled(torch.tensor([4])), r"0\.\.2, or 3 for 'no label'.*\[4\]"),
         (lambda: labelled(torch.tensor([-1])), r"\[-1\]"),
         (lambda: labelled(torch.tensor([1.0])), "whole numbers"),

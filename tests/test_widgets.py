@@ -1,12 +1,13 @@
-"""The controls without a kernel, in a real browser.
+"""The controls without a kernel, in a real browser: keyboard, mouse, menus, play, a click into the
+picture, a picture of the reader's own.
 
-Keyboard, mouse, menus, play, a click into the picture, a picture of the reader's own. The live face
-is tested in notebook 90, and clicked in JupyterLab here.
-"""
+The live face is tested in notebook 90, and moved in JupyterLab in test_lab."""
 
 import io
 import re
 import shutil
+import time
+from html import escape
 
 import pytest
 import torch
@@ -66,6 +67,29 @@ def opened(browser):  # opened(control) -> a page with nothing else; an error on
     assert not wrong
 
 
+def outputs(e, monkeypatch) -> list:
+    "What a cell that ends with this control shows where a kernel runs: MIME type -> content."
+    from IPython.core.formatters import DisplayFormatter
+
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
+    monkeypatch.delenv("IN_TEST", raising=False)
+    monkeypatch.delenv("DDPM_COURSE_STILL", raising=False)
+    assert DisplayFormatter().format(e) == ({}, {})  # all has been shown already
+    return shown
+
+
+def frame_of_outputs(browser, shown: list):
+    """A page that holds the outputs of a cell as Colab does: in a sandboxed frame, where nothing
+    answers to a widget. Returns the page and the frame."""
+    # the model of a widget is no HTML
+    html = "".join(f"<div>{data.get('text/html', '')}</div>" for data in shown)
+    page = browser.new_page()
+    page.on("pageerror", lambda error: pytest.fail(str(error)))
+    page.set_content(f'<iframe sandbox="allow-scripts" srcdoc="{escape(html)}"></iframe>')
+    return page, page.frame_locator("iframe")
+
+
 def shows(page, e, **settings):  # waits until the picture is that of these settings
     import base64
 
@@ -108,6 +132,50 @@ def test_the_same_settings_show_the_same_picture_on_both_faces(opened, simple):
     box = slider.bounding_box()
     page.mouse.click(box["x"] + 3, box["y"] + box["height"] / 2)
     shows(page, simple, level=-1.0, colour="rgb")
+
+
+def test_without_a_widget_manager_the_other_face_appears_and_moves(browser, simple, monkeypatch):
+    live, other = outputs(simple, monkeypatch)
+    assert live.keys() == {"text/plain", "application/vnd.jupyter.widget-view+json"}
+    assert other.keys() == {"text/html", "image/png"}
+    page, frame = frame_of_outputs(browser, [live, other])
+    figure, began = frame.locator("figure"), time.monotonic()
+    figure.wait_for(state="attached")
+    assert figure.is_hidden()
+    figure.wait_for(state="visible", timeout=20_000)
+    assert 1.0 < time.monotonic() - began < 10  # two seconds, later on a busy machine
+    before = frame.locator("figure img").get_attribute("src")
+    frame.locator("input[type=range]").focus()
+    page.keyboard.press("End")
+    frame.locator("figure img[alt^='level = 0.5']").wait_for(timeout=20_000)
+    assert frame.locator("figure img").get_attribute("src") != before
+    # the live control comes late: it takes over
+    mark = re.search(r"'\.(explore-\w+)'", other["text/html"])[1]
+    frame.locator("body").evaluate("(body, mark) => body.classList.add(mark)", mark)
+    figure.wait_for(state="hidden", timeout=20_000)
+    page.close()
+
+
+def test_where_the_live_control_answers_the_other_face_stays_hidden(browser, simple, monkeypatch):
+    shown = outputs(simple, monkeypatch)
+    mark = re.search(r"'\.(explore-\w+)'", shown[1]["text/html"])[1]
+    page, frame = frame_of_outputs(browser, [{"text/html": f"<p class={mark}>live</p>"}, *shown])
+    frame.locator("p").wait_for()
+    page.wait_for_timeout(2500)
+    assert frame.locator("figure").is_hidden()
+    page.close()
+
+
+@pytest.mark.parametrize(
+    "name, face", [("IN_TEST", "image/png"), ("DDPM_COURSE_STILL", "text/html")]
+)
+def test_one_output_where_no_reader_is(simple, monkeypatch, name, face):
+    from IPython.core.formatters import DisplayFormatter
+
+    monkeypatch.delenv("IN_TEST", raising=False)
+    monkeypatch.delenv("DDPM_COURSE_STILL", raising=False)
+    monkeypatch.setenv(name, "1")
+    assert face in DisplayFormatter().format(simple)[0]
 
 
 def test_play_runs_and_pauses(opened, simple):

@@ -7,7 +7,7 @@ No name means all of them. The working copy is not changed.
     export     ddpm_course/ is what nbdev_export makes of the notebooks
     clean      the notebooks are what nbdev_clean leaves of them (outputs stay)
     ruff       ruff check .
-    reference  nbdev_test on the notebooks that are no lessons (87 to 99) and on the answers
+    reference  nbdev_test on the notebooks that are no lessons, and on the answers
     lessons    tools/anywhere.py: each lesson, and the index, by itself, from the wheel, without a
                network; and once more without the training cells
     pytest     pytest -n 2 --dist loadfile tests
