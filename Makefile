@@ -22,7 +22,7 @@ setup: $(STAMP) ## make .venv and install everything (PYTHON=python3.12 chooses 
 demo: $(STAMP) ## train on handwritten digits, write runs/demo/samples.png (5 minutes on two CPU cores)
 	$(PY) -m ddpm_course.cli demo $(ARGS)
 
-test: $(STAMP) ## export in step, notebooks clean, ruff, all lessons, pytest (ARGS="lessons pytest" runs some stages)
+test: $(STAMP) ## export in step, notebooks clean, ruff, all notebooks, pytest (ARGS="lessons pytest" runs some stages)
 	$(PY) tools/check.py $(ARGS)
 
 lab: $(STAMP) ## open the table of contents in JupyterLab

@@ -1,15 +1,19 @@
-"""What tests share: the same random numbers in every run, Chromium for the browser tests, and a
-folder for their screenshots."""
+"""What tests share: the same random numbers in every run, Chromium for the browser tests, a folder
+for their screenshots, and the order of the files: the longest first."""
 
 import importlib.util
 import random
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+import times  # noqa: E402
 
 CHROMIUM = next(
     (p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))),
@@ -31,6 +35,9 @@ def pytest_addoption(parser):
         "--shots", metavar="FOLDER", help="keep the screenshots of the browser tests here"
     )
     parser.addoption(
+        "--keep-times", action="store_true", help="write down how long each test took"
+    )
+    parser.addoption(
         "--seed",
         metavar="N",
         type=int,
@@ -40,8 +47,6 @@ def pytest_addoption(parser):
             " luck"
         ),
     )
-
-
     parser.addoption(
         "--families",
         metavar="FILE",
@@ -56,6 +61,31 @@ def pytest_configure(config):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+
+
+def pytest_collection_modifyitems(config, items):
+    "The longest files first, where several workers share them."
+    if hasattr(config, "workerinput"):
+        files = dict.fromkeys(item.path.name for item in items)
+        order = times.longest_first(files, "files")
+        items.sort(key=lambda item: order.index(item.path.name))
+
+
+TOOK = Counter()  # seconds of each test, with its fixtures
+
+
+def pytest_runtest_logreport(report):
+    TOOK[report.nodeid] += report.duration
+
+
+def pytest_sessionfinish(session):
+    config = session.config
+    if config.getoption("--keep-times") and not hasattr(config, "workerinput"):
+        files = Counter()
+        for test, seconds in TOOK.items():
+            files[Path(test.split("::")[0]).name] += seconds
+        times.keep("files", files, replace=True)
+        times.keep("tests", TOOK, replace=True)
 
 
 @pytest.fixture(autouse=True)

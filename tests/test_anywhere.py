@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 from badges import LINK, colab, stale  # noqa: E402
+from colab_env import colab_pins  # noqa: E402
 
 NBS = ROOT / "nbs"
 NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -54,11 +55,21 @@ def notebook(path: Path, *code: str) -> Path:
 # Every notebook by itself
 
 
+EXPLORE = """from ddpm_course.core import set_seed
+from ddpm_course.widgets import explore
+import matplotlib.pyplot as plt
+allowed = [1, 2]
+def draw(k):
+    if k not in allowed: raise KeyError(f'{k} cannot be drawn')
+    plt.plot([k])"""
+
+
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
     """The stage over notebooks that each need something they will not find, and two that need
     nothing."""
     tmp = tmp_path_factory.mktemp("stage")
+    pinned = {n: colab_pins()[n] for n in ("ipython", "ipywidgets", "ipykernel", "traitlets")}
     made = [
         notebook(
             tmp / "good.ipynb",
@@ -90,6 +101,30 @@ def stage(tmp_path_factory):
             "# training: seconds\nkept.parent.mkdir(parents=True)\nkept.write_text('w')",
             "assert kept.read_text() == 'w'",
         ),
+        notebook(
+            tmp / "apart.ipynb",
+            "import os, tempfile\nfrom pathlib import Path\nhere, there = Path('before'),"
+            " Path(tempfile.mkdtemp(), 'before')\nfor p in here, there: p.write_text('1')",
+            "# training: seconds\nprint('trained')\nfor p in here, there:"
+            " p.write_text('2')\nopen('trained', 'w').close()",
+            "import os\nassert [p.read_text() for p in (here, there)] in (['1', '1'], ['2', '2'])\n"
+            "assert os.path.exists('trained') == (here.read_text() == '2')",
+        ),
+        notebook(tmp / "shown.ipynb", EXPLORE, "explore(draw, k=[1, 2], name='0')"),
+        notebook(
+            tmp / "first.ipynb",
+            "class Wrong:\n    def _repr_html_(self): raise KeyError('cannot be shown')\nWrong()",
+        ),
+        notebook(tmp / "end.ipynb", EXPLORE, "explore(draw, k=[1, 3], name='0')"),
+        notebook(tmp / "magic.ipynb", "try: import ddpm_course\nexcept ImportError:\n    %pip x"),
+        notebook(tmp / "syntax.ipynb", "def f(:"),
+        notebook(
+            tmp / "colab.ipynb",
+            "from importlib.metadata import version",
+            *(f"assert version({n!r}) == {v!r}, version({n!r})" for n, v in pinned.items()),
+        ),
+        notebook(tmp / "dies.ipynb", "import os\nos.kill(os.getpid(), 9)"),
+        notebook(tmp / "exits.ipynb", "import sys\nsys.exit(0)", "1 / 0"),
     ]
     return subprocess.run(
         [sys.executable, ROOT / "tools/anywhere.py", "--without-training", *made],
@@ -98,8 +133,9 @@ def stage(tmp_path_factory):
     )
 
 
-def test_the_stage_passes_what_needs_nothing(stage):
-    assert re.search(r"^ok   good: ", stage.stdout, re.M), stage.stdout + stage.stderr
+@pytest.mark.parametrize("name", ["good", "shown", "magic", "apart", "apart, without training"])
+def test_the_stage_passes_what_needs_nothing(stage, name):
+    assert re.search(rf"^ok   {name}: ", stage.stdout, re.M), stage.stdout + stage.stderr
 
 
 @pytest.mark.parametrize(
@@ -111,6 +147,11 @@ def test_the_stage_passes_what_needs_nothing(stage):
         ("undeclared", "ModuleNotFoundError"),
         ("network", "no network here"),
         ("names", "no network here"),
+        ("first", "cannot be shown"),
+        ("end", "3 cannot be drawn"),
+        ("syntax", "SyntaxError"),
+        ("dies", "ended with status 9"),
+        ("exits", "SystemExit"),
     ],
 )
 def test_the_stage_fails_what_needs_more_than_the_wheel(stage, name, why):
@@ -118,6 +159,42 @@ def test_the_stage_fails_what_needs_more_than_the_wheel(stage, name, why):
         stage.stdout + stage.stderr
     )
     assert why in stage.stdout.split(f"FAIL {name}: ")[1].split("\nFAIL ")[0], stage.stdout
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    "The same without forks, as on Windows and macOS: a kernel for each notebook."
+    tmp = tmp_path_factory.mktemp("kernels")
+    made = [
+        notebook(tmp / "good.ipynb", "from ipywidgets import IntSlider\nIntSlider()"),
+        notebook(tmp / "names.ipynb", "import socket\nsocket.getaddrinfo('pypi.org', 443)"),
+        notebook(
+            tmp / "kept.ipynb",
+            "from pathlib import Path\nkept = Path.home() / 'w'",
+            "# training: seconds\nkept.write_text('w')\nmade = 1",
+            "assert kept.read_text() == 'w' and 'made' not in globals()",
+        ),
+    ]
+    return subprocess.run(
+        [sys.executable, ROOT / "tools/anywhere.py", "--kernels", "--without-training", *made],
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["ok   good: ", "FAIL names: .*\n.*no network here", "FAIL kept: ", "ok   kept, without "],
+)
+def test_the_stage_runs_in_kernels_too(kernels, line):
+    assert re.search(rf"^{line}", kernels.stdout, re.M | re.S), kernels.stdout + kernels.stderr
+
+
+def test_versions_are_those_of_colab(stage):
+    "Unless no package index answers: then the stage says so."
+    assert re.search(r"^ok   colab: ", stage.stdout, re.M) or re.search(
+        r"^note: not Colab's versions", stage.stdout, re.M
+    ), stage.stdout
 
 
 def test_the_stage_leaves_training_out_and_finds_what_is_missing_then(stage):
@@ -298,6 +375,8 @@ def test_continuous_integration_runs_the_oldest_and_the_newest_python_on_three_s
         '"3.11"',
         '"3.12"',
         '"3.13"',
+        "tests/colab_installed.txt",
+        "nbdev_test --n_workers",
     ):
         assert word in text, word
     settings = (ROOT / "settings.ini").read_text(encoding="utf-8")

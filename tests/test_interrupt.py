@@ -2,6 +2,7 @@
 where it was."""
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import signal
@@ -22,8 +23,13 @@ EPOCHS = 60  # of 4 steps each
 
 
 @pytest.fixture(scope="module", autouse=True)
-def server():  # children fork from a process that has imported everything and computed nothing
-    context.set_forkserver_preload(["common"])
+def server():
+    """Children fork from a process that has imported everything and computed nothing. It knows our
+    sys.path only from the environment (Python before 3.14 does not hand it over)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
+        context.set_forkserver_preload(["test_interrupt", "torch._dynamo", "tqdm.auto"])
+        multiprocessing.forkserver.ensure_running()
 
 
 def train(run, save_every=0.0, kill_in=None, count=1, limit=None, started=None):

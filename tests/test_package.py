@@ -9,7 +9,10 @@ import re
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
+from email.message import Message
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,17 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-from anywhere import CFG, LIB, alone, backend, clean_environment, package_files, sources  # noqa: E402
+from anywhere import (  # noqa: E402
+    CFG,
+    LIB,
+    alone,
+    backend,
+    clean_environment,
+    package_files,
+    site_packages,
+    sources,
+)
+from colab_env import colab_pins  # noqa: E402
 
 NBS = CFG["nbs_path"]
 NOTEBOOKS = sorted(p for p in (ROOT / NBS).rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -66,6 +79,12 @@ def outside(command: list, cwd: Path, **env) -> subprocess.CompletedProcess:
     return subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True)
 
 
+def metadata(wheel: Path) -> Message:
+    zf = zipfile.ZipFile(wheel)
+    name = next(n for n in zf.namelist() if n.endswith(".dist-info/METADATA"))
+    return Parser().parsestr(zf.read(name).decode())
+
+
 def test_wheel_holds_every_module_and_data_file_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     inside = {n for n in names if not n.split("/")[0].endswith(".dist-info")}
@@ -77,11 +96,7 @@ def test_wheel_holds_every_module_and_data_file_and_nothing_else(wheel):
 
 
 def test_metadata_comes_from_settings(wheel):
-    zf = zipfile.ZipFile(wheel)
-    meta = next(n for n in zf.namelist() if n.endswith(".dist-info/METADATA"))
-    from email.parser import Parser
-
-    m = Parser().parsestr(zf.read(meta).decode())
+    m = metadata(wheel)
     assert (m["Name"], m["Version"], m["Summary"]) == (
         CFG["lib_name"],
         CFG["version"],
@@ -99,7 +114,8 @@ def test_metadata_comes_from_settings(wheel):
     assert all(
         s.operator == ">=" for s in torch.specifier
     ), "an upper pin on torch would replace Colab's torch"
-    scripts = zf.read(meta.replace("METADATA", "entry_points.txt")).decode()
+    zf = zipfile.ZipFile(wheel)
+    scripts = next(zf.read(n) for n in zf.namelist() if n.endswith("/entry_points.txt")).decode()
     assert f"{LIB} = {LIB}.cli:main" in scripts
     body = m.get_payload()
     if (ROOT / "README.md").exists():
@@ -250,6 +266,82 @@ def test_command_line_runs_outside_the_repository(clean, tmp_path):
     for command in ("train", "sample", "info", "demo"):
         assert re.search(rf"^\s+{command}\b", done.stdout, re.M), done.stdout
     assert os.listdir(tmp_path / "empty") == []
+
+
+# On Colab, whose packages are there and imported before ours is installed
+
+
+def unmet(requirements: list, installed: dict) -> list:
+    "The requirements for which pip would change what is installed, or add to it."
+    installed = {canonicalize_name(name): version for name, version in installed.items()}
+    return [
+        str(r)
+        for r in map(Requirement, requirements)
+        if not r.marker or r.marker.evaluate({"extra": "", "python_version": "3.13"})
+        if (name := canonicalize_name(r.name)) not in installed
+        or not r.specifier.contains(installed[name])
+    ]
+
+
+def test_colab_has_all_that_the_wheel_requires(wheel):
+    required = metadata(wheel).get_all("Requires-Dist")
+    assert len(required) >= len(CFG["requirements"].split())
+    assert unmet(required, colab_pins()) == []
+    assert unmet(["ipywidgets>=8", "torch>=2.6", "gone"], colab_pins()) == ["ipywidgets>=8", "gone"]
+
+
+def test_requirements_have_lower_bounds_only():
+    for r in map(Requirement, CFG["requirements"].split()):
+        assert [s.operator for s in r.specifier] == [">="], r
+
+
+@pytest.fixture(scope="module")
+def colab(tmp_path_factory) -> Path:
+    """The Python of an environment that claims to hold what Colab has: for pip, a distribution is
+    there if its metadata is."""
+    env = tmp_path_factory.mktemp("colab") / "venv"
+    venv.create(env, with_pip=False, symlinks=os.name != "nt")
+    python = env / ("Scripts" if os.name == "nt" else "bin") / "python"
+    for name, version in colab_pins().items():
+        info = site_packages(python) / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        (info / "METADATA").write_text(text, encoding="utf-8")
+        (info / "INSTALLER").write_text("pip\n", encoding="utf-8")
+    return python
+
+
+def would_install(python: Path, folder: Path) -> subprocess.CompletedProcess:
+    "What pip would do, which knows no other packages than those in this folder."
+    command = [sys.executable, "-m", "pip", "--isolated", "--python", python, "install"]
+    command += ["--dry-run", "--no-index", "--find-links", folder, CFG["lib_name"]]
+    return outside(command, folder, PIP_CONFIG_FILE=os.devnull)
+
+
+def test_pip_on_colab_would_install_the_course_and_nothing_else(wheel, colab):
+    done = would_install(colab, wheel.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = re.search(r"^Would install (.+)$", done.stdout, re.M)[1]
+    assert said.split() == [f"{CFG['lib_name']}-{CFG['version']}"]
+
+
+@pytest.mark.parametrize("wrong", ["ipywidgets>=8", "torch>=2.6,<2.11", "nbdev>=2"])
+def test_pip_on_colab_would_change_something_for_a_wrong_requirement(
+    wheel, colab, tmp_path, wrong
+):
+    name = re.match(r"\w+", wrong)[0]
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(tmp_path / wheel.name, "w") as new:
+        for file in old.namelist():
+            content = old.read(file)
+            if file.endswith(".dist-info/METADATA"):
+                line = f"Requires-Dist: {wrong}\n".encode()
+                content = re.sub(rb"(?m)^Requires-Dist: %b>.*\n" % name.encode(), b"", content)
+                content = content.replace(b"Requires-Dist:", line + b"Requires-Dist:", 1)
+            new.writestr(file, content)
+    done = would_install(colab, tmp_path)
+    assert done.returncode and "No matching distribution found for " + name in done.stderr, (
+        done.stdout + done.stderr
+    )
 
 
 # What is stored in the repository

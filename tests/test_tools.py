@@ -1,8 +1,9 @@
 """The tools that keep the repository in order: outputs.py stores what a reader can see, check.py
-finds what is out of step."""
+finds what is out of step, mutants.py finds the code that it spoils, times.py knows what is long."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import mutants  # noqa: E402
+import times  # noqa: E402
 
 
 def code(source: str, n: int) -> dict:
@@ -129,11 +133,15 @@ def test_the_ci_tier_is_refused(tmp_path):
     assert done.returncode == 2 and "not ci" in done.stderr
 
 
+RUNNERS = ("colab_env", "forked", "outputs")  # what anywhere.py uses
+
+
 @pytest.fixture
 def project(tmp_path):
     "A project with one exported notebook, and the check in it."
-    (tmp_path / "tools").mkdir(), (tmp_path / "nbs").mkdir()
-    for name in ("check.py", "anywhere.py"):
+    for name in ("tools", "nbs", "nbs/answers"):
+        (tmp_path / name).mkdir()
+    for name in ("check.py", "anywhere.py", "times.py"):
         shutil.copy(ROOT / "tools" / name, tmp_path / "tools")
     for name in ("settings.ini", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
@@ -143,6 +151,7 @@ def project(tmp_path):
         "#| export\ndef one():\n    return 1",
         "assert one() == 1",
     )
+    notebook(tmp_path / "nbs" / "99_two.ipynb", "assert 1 == 1")
     subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=tmp_path, check=True)
     return tmp_path
 
@@ -153,11 +162,24 @@ def check(project: Path, *stages: str) -> subprocess.CompletedProcess:
     )
 
 
+def failing_lesson(project: Path):
+    "A lesson that fails, in a project from which a wheel can be built."
+    for name in ("setup.py", "LICENSE", "LICENSE-docs", *(f"tools/{p}.py" for p in RUNNERS)):
+        shutil.copy(ROOT / name, project / name)
+    (project / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "colab_installed.txt", project / "tests")
+    (ROOT / ".venv-colab").mkdir(exist_ok=True)
+    (project / ".venv-colab").symlink_to(ROOT / ".venv-colab")
+    notebook(project / "nbs" / "01_two.ipynb", "assert 1 == 2")
+
+
 def test_check_passes_a_project_in_order_and_changes_nothing(project):
     before = {p: p.read_bytes() for p in project.rglob("*") if p.is_file()}
-    done = check(project, "export", "clean", "ruff", "lessons")
+    done = check(project, "export", "clean", "ruff", "reference")
     assert done.returncode == 0 and "all stages passed" in done.stdout, done.stdout + done.stderr
     assert before == {p: p.read_bytes() for p in before}
+    for line in (r"reference +ok .* s of processor time", r"\d+\.\d s  99_two"):
+        assert re.search(line, done.stdout), done.stdout
 
 
 @pytest.mark.parametrize(
@@ -186,7 +208,17 @@ def test_check_passes_a_project_in_order_and_changes_nothing(project):
             lambda p: (p / "ddpm_course/one.py").write_text("def f(): return undefined_name\n"),
             "F821",
         ),
-        ("lessons", lambda p: notebook(p / "nbs/01_two.ipynb", "assert 1 == 2"), "01_two.ipynb"),
+        (
+            "reference",
+            lambda p: notebook(p / "nbs/99_two.ipynb", "assert 1 == 2"),
+            "99_two.ipynb",
+        ),
+        (
+            "reference",
+            lambda p: notebook(p / "nbs/answers/lesson_00.ipynb", "assert 1 == 2"),
+            "lesson_00.ipynb",
+        ),
+        ("lessons", lambda p: failing_lesson(p), "FAIL 01_two"),
     ],
     ids=[
         "edited module",
@@ -194,6 +226,8 @@ def test_check_passes_a_project_in_order_and_changes_nothing(project):
         "module missing",
         "execution count",
         "undefined name",
+        "failing notebook",
+        "failing answers",
         "failing lesson",
     ],
 )
@@ -202,3 +236,123 @@ def test_check_fails_where_it_should(project, stage, harm, says):
     done = check(project, stage, *(["pytest"] if stage != "pytest" else []))
     assert done.returncode == 1 and says in done.stdout + done.stderr, done.stdout + done.stderr
     assert "== pytest" not in done.stdout, "it went on after a failure"
+
+
+def test_every_notebook_belongs_to_one_stage():
+    "No notebook is forgotten between the two stages that run them."
+    import check
+
+    lessons = {p.name for p in (ROOT / "nbs").glob("*.ipynb") if check.LESSON.match(p.name)}
+    others = {p.name for p in (ROOT / "nbs").rglob("*.ipynb")} - lessons
+    assert len(lessons) >= 25 and "index.ipynb" in lessons
+    assert all(name[0] in "789" or name.startswith("lesson_") for name in others), others
+
+
+# Notebooks in forked processes (what the stage does with them: tests/test_anywhere.py)
+
+SERVE = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import forked
+forked.HEAVY = ("IPython.core.interactiveshell", "matplotlib_inline.backend_inline")
+forked.can_fork = lambda: False  # as where there is a GPU
+forked.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+def test_without_a_second_fork_the_second_pass_begins_anew_and_nothing_hangs(tmp_path):
+    def job(name, *sources):
+        cells = [dict(source=s, training=s.startswith("# training")) for s in sources]
+        return dict(
+            name=name,
+            notebook=str(notebook(tmp_path / f"{name}.ipynb", *sources)),
+            folder=str(tmp_path / name),
+            results=str(tmp_path),
+            env=dict(NAME=name),
+            training=True,
+            second=dict(name=f"{name} again", folder=str(tmp_path / f"{name}-2")),
+            cells=cells,
+        )
+
+    jobs = [
+        job("hangs", "import time; time.sleep(600)", "# training"),
+        job(
+            "good",
+            "import os; assert os.listdir() == ['good.ipynb'] and os.environ['NAME'] == 'good'",
+            "# training\nopen('trained', 'w').close()",
+            "os.mkdir('after')",
+        ),
+    ]
+    asked = tmp_path / "jobs.json"
+    asked.write_text(json.dumps(dict(jobs=jobs, workers=2, timeout=6)), encoding="utf-8")
+    command = [sys.executable, "-c", SERVE, ROOT / "tools", asked]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    told = {t["name"]: t for t in map(json.loads, done.stdout.splitlines())}
+    assert told.keys() == {"hangs", "good", "good again"}, done.stdout + done.stderr
+    assert "TimeoutError: no end after 6 s" in told["hangs"]["error"]
+    assert told["good"]["error"] == "" and told["good"]["left"] == ["after", "trained"]
+    assert told["good again"]["error"] == "" and told["good again"]["left"] == ["after"]
+
+
+# Mistakes that are put back
+
+
+@pytest.mark.parametrize("number, what, edits", mutants.MUTANTS, ids=lambda v: str(v)[:40])
+def test_a_mistake_can_be_put_back(tmp_path, number, what, edits):
+    for stem, *_ in edits:
+        shutil.copy(ROOT / "ddpm_course" / f"{stem}.py", tmp_path)
+    before = {p.name: p.read_text(encoding="utf-8") for p in tmp_path.iterdir()}
+    mutants.apply(edits, tmp_path)
+    assert all(p.read_text(encoding="utf-8") != before[p.name] for p in tmp_path.iterdir())
+
+
+FORMATTED = """
+def f(x):
+    if x:
+        y = torch.cat(
+            # why
+            [x, x],
+            dim=0,
+        )
+    return "a  b"
+"""
+
+
+@pytest.mark.parametrize("old", ["torch.cat([x, x], dim=0)", "torch.cat( [x,x], dim = 0, )"])
+def test_a_patch_fits_code_that_is_formatted_otherwise(old):
+    text = mutants.patched(FORMATTED, old, "x\nz = 1")
+    assert text == '\ndef f(x):\n    if x:\n        y = x\n        z = 1\n    return "a  b"\n'
+
+
+@pytest.mark.parametrize("old", ["x", '"a b"', "torch.cat([x], dim=0)", "xx", "torch.ca"])
+def test_a_patch_that_does_not_fit_once_is_refused(old):
+    with pytest.raises(ValueError, match="occurs [0-9]+ times"):
+        mutants.patched(FORMATTED, old, "z")
+
+
+# What takes long goes first
+
+
+def test_usual_times_name_what_is_there():
+    "A name that is gone would say nothing; what is missing goes first."
+    usual = times.read(times.USUAL)
+    assert usual.keys() == {"notebooks", "files"}
+    assert all((ROOT / "nbs" / f"{name}.ipynb").exists() for name in usual["notebooks"])
+    assert all((ROOT / "tests" / name).exists() for name in usual["files"])
+
+
+def test_the_last_run_decides_what_goes_first(tmp_path, monkeypatch):
+    for name in ("USUAL", "LAST"):
+        monkeypatch.setattr(times, name, tmp_path / f"{name}.json")
+    assert times.longest_first(["a", "b"], "files") == ["a", "b"]  # nobody knows anything
+    times.USUAL.write_text(json.dumps(dict(files=dict(a=1, b=2, c=3))), encoding="utf-8")
+    assert times.longest_first(["a", "b", "new", "c"], "files") == ["new", "c", "b", "a"]
+    times.keep("files", dict(a=9, b=1))
+    times.keep("files", dict(b=0.5))
+    assert times.longest_first(["a", "b", "c"], "files") == ["a", "c", "b"]
+    assert times.longest("files", 1) == ["    9.0 s  a"]
+    times.keep("files", dict(b=4), replace=True)
+    assert times.longest("files") == ["    4.0 s  b"]
+    times.LAST.write_text("{", encoding="utf-8")  # broken: only the order suffers
+    assert times.longest_first(["a", "c"], "files") == ["c", "a"]

@@ -3,8 +3,9 @@
 usage: python tools/mutants.py [NUMBER...]      (all of them: make mutants)
 
 The work is done on a copy in a temporary folder. An edit is (file, old text, new text); the old
-text must occur exactly once (white space and trailing commas may differ), so that a patch that no
-longer applies is noticed.
+text must occur exactly once, so that a patch that no longer applies is noticed. White space,
+comments and commas before a closing bracket make no difference: code may be folded in another way.
+Further lines of a new text are indented as the line is in which the old text begins.
 """
 
 import argparse
@@ -98,8 +99,8 @@ MUTANTS = [
                 "guidance",
                 "def guided(x, t):",
                 (
-                    "if not torch.as_tensor(scale).any(): return lambda x, t: denoise(x, t, y)\n   "
-                    " def guided(x, t):"
+                    "if not torch.as_tensor(scale).any(): return lambda x, t: denoise(x, t, y)\n"
+                    "def guided(x, t):"
                 ),
             )
         ],
@@ -163,12 +164,12 @@ MUTANTS = [
     (
         14,
         "the seed of the weights is ignored",
-        [("model", "torch.manual_seed(seed)\n net", "torch.manual_seed(0)\n                net")],
+        [("model", "torch.manual_seed(seed)\n net", "torch.manual_seed(0)\nnet")],
     ),
     (
         14,
         "the device is ignored",
-        [("model", "default_device(device)", "default_device()")],
+        [("model", "default_device(device), tuple(shape)", "default_device(), tuple(shape)")],
     ),
     (
         15,
@@ -233,19 +234,34 @@ MUTANTS = [
 ]
 
 
+TOKEN = re.compile(
+    r"""(?P<skip> \s+ | \#[^\n]*) | \"{3}[\s\S]*?\"{3}
+         | "(?:\\.|[^"\\\n])*" | '(?:\\.|[^'\\\n])*' | \w+ | .""",
+    re.VERBOSE,
+)
+
+
+def tokens(text: str) -> list:
+    "(token, where it begins, where it ends), without what only formats."
+    found = [(m[0], *m.span()) for m in TOKEN.finditer(text) if not m["skip"]]
+    following = [t for t, *_ in found[1:]] + [""]
+    return [f for f, after in zip(found, following) if not (f[0] == "," and after in (*")]}",))]
+
+
 def patched(text: str, old: str, new: str) -> str:  # ValueError unless `old` is there exactly once
-    tokens = re.findall(r"\w+|[^\w\s]", old)
-    # however the text is folded, with a comma behind the last argument or without
-    closing = {t: r",?\s*" + re.escape(t) for t in ")]}"}
-    pattern = r"\s*".join(closing.get(t, re.escape(t)) for t in tokens)
-    parts = re.split(pattern, text)
-    if len(parts) != 2:
-        raise ValueError(f"{old!r} occurs {len(parts) - 1} times")
-    return new.join(parts)
+    have, wanted = tokens(text), [t for t, *_ in tokens(old)]
+    plain = [t for t, *_ in have]
+    places = [k for k in range(len(have)) if plain[k : k + len(wanted)] == wanted]
+    if len(places) != 1:
+        raise ValueError(f"{old!r} occurs {len(places)} times")
+    begin, end = have[places[0]][1], have[places[0] + len(wanted) - 1][2]
+    line = text[text.rfind("\n", 0, begin) + 1 : begin]
+    indent = line[: len(line) - len(line.lstrip())]
+    return text[:begin] + new.replace("\n", "\n" + indent) + text[end:]
 
 
-def copy_to(folder: Path) -> Path:  # the package and its tests, without anything compiled
-    for name in (NAME, "tests"):
+def copy_to(folder: Path) -> Path:  # the package, its tests and tools, without anything compiled
+    for name in (NAME, "tests", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "settings.ini"):
         shutil.copy(ROOT / name, folder)
@@ -297,18 +313,26 @@ def check_copy(folder: Path):
         raise SystemExit(f"the tests would import {where} instead of the patched copy")
 
 
+def apply(edits, package: Path):
+    "Make the edits in a copy of the package. ValueError, or SyntaxError, if that cannot be done."
+    for stem, old, new in edits:
+        path = package / f"{stem}.py"
+        try:
+            text = patched(path.read_text(encoding="utf-8"), old, new)
+        except ValueError as e:
+            raise ValueError(f"{path.name}: {e}") from None
+        compile(text, path.name, "exec")
+        path.write_text(text, encoding="utf-8")
+
+
 # 'caught', 'SURVIVED' or what went wrong; a line that says more
 def verdict(edits, number: int) -> tuple:
     with tempfile.TemporaryDirectory() as tmp:
         folder = copy_to(Path(tmp))
-        for stem, old, new in edits:
-            path = folder / NAME / f"{stem}.py"
-            try:
-                text = patched(path.read_text(encoding="utf-8"), old, new)
-            except ValueError as e:
-                return "DOES NOT APPLY", f"{path.name}: {e}"
-            compile(text, path.name, "exec")
-            path.write_text(text, encoding="utf-8")
+        try:
+            apply(edits, folder / NAME)
+        except ValueError as e:
+            return "DOES NOT APPLY", str(e)
         check_copy(folder)
         try:
             done = run_tests(folder, [number])

@@ -5,7 +5,7 @@ set -eu
 cd "$(dirname "$0")/.."
 unset PYTHONDONTWRITEBYTECODE PYTHONPATH || true
 oldest=$(sed -n 's/^min_python *= *//p' settings.ini)
-newest=3.13 # the newest that is tested
+newest=3.13 # the newest that is tested, and what Colab has
 
 suits() { "$1" -c "import sys; v = sys.version_info[:2]; sys.exit(not (tuple(map(int, '$2'.split('.'))) <= v <= tuple(map(int, '$3'.split('.')))))" 2>/dev/null; }
 
@@ -14,7 +14,7 @@ if [ -n "$python" ]; then
     command -v "$python" >/dev/null 2>&1 || { echo "PYTHON=$python is not a program that can be run." >&2; exit 1; }
     suits "$python" "$oldest" 3.999 || { echo "PYTHON=$python is $("$python" --version 2>&1), but ddpm_course needs Python $oldest or newer." >&2; exit 1; }
 else
-    for p in python3 python python3.13 python3.12 python3.11 python3.10; do
+    for p in python$newest python3 python python3.12 python3.11 python3.10; do
         if suits "$p" "$oldest" "$newest"; then python=$p; break; fi
     done
     if [ -z "$python" ]; then
