@@ -157,7 +157,8 @@ MUTANTS = [
                 "model",
                 "torch.Generator(self.device).manual_seed(seed)",
                 "torch.Generator(self.device).manual_seed(0)",
-            )
+            ),
+            ("training", "seed + 1_000_003 * rank()", "1_000_003 * rank()"),
         ],
     ),
     (
