@@ -70,7 +70,7 @@ def _table(path):
 
 def _numbers(row):
     try:
-        return [float(v) for v in row] != None
+        return bool([float(v) for v in row])
     except ValueError:
         return False
 

@@ -386,6 +386,10 @@ def from_config(
         return cls(net, process, device=device, **settings)
     except (KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"expected the description of a model ({e})") from None
+    except ValueError as e:
+        if not str(e).startswith("unknown"):
+            raise
+        raise ValueError(f"{e} Where it is of your own, import the file that enters it")
 
 
 def _own_denoiser(config, net, process):

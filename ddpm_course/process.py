@@ -145,6 +145,10 @@ class Times(nn.Module):
     def clock(self, t: Tensor) -> Tensor:
         return 1000 * t / self.t_max  # what the timestep embedding sees, in 0..1000
 
+    def noisy(self, t: Tensor) -> Tensor:  # bool, of t's shape
+        "Is there anything to take away at these times?"
+        return t > 0
+
     def sample_t(self, n: int, device=None, generator=None) -> Tensor:
         "n random training times in (0, t_max]."
         return pick("times", self.times)(self, n, device, generator)
@@ -186,6 +190,9 @@ class Process(Times):
 
     def sigma(self, t: Tensor) -> Tensor:
         raise NotImplementedError  # share of the noise
+
+    def noisy(self, t: Tensor) -> Tensor:
+        return self.sigma(t) > 0
 
     def snr(self, t: Tensor) -> Tensor:
         # signal-to-noise ratio, infinite at 0

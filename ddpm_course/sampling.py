@@ -122,7 +122,7 @@ def sample(
             "a time grid has at least 2 times, like process.steps(50), not shape"
             f" {tuple(ts.shape)}"
         )
-    if not (process.sigma(ts[:-1]) > 0).all():
+    if not process.noisy(ts[:-1]).all():
         raise ValueError(
             "times fall from noise to data, and only the last may be 0: this grid runs"
             f" from {ts[0]:g} to {ts[-1]:g}"

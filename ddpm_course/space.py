@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'Space', 'Anything', 'Images', 'channels_shown', 'seen', 'Sound', 'Film', 'drawing', 'figure_bytes', 'Points',
-           'Table', 'csv_file', 'make_space']
+           'Table', 'csv_file', 'Tokens', 'make_space']
 
 # %% ../nbs/84_space.ipynb #e56c2b8d
 import io
@@ -225,6 +225,37 @@ def csv_file(rows, names=()) -> dict:  # rows: an array (N,F)
         out.writerow(names)
     out.writerows([[f"{v:.7g}" for v in row] for row in rows])
     return {".csv": file.getvalue().encode()}
+
+# %% ../nbs/84_space.ipynb #0ca400b2
+@enter("space", "tokens")
+class Tokens(Space):
+    "Rows of whole numbers (L,), letters of an alphabet; shown as lines of text."
+
+    def __init__(
+        self,
+        shape: tuple,  # (length,)
+        bounds=None,
+        alphabet=(),  # what each number stands for; none: the numbers themselves
+    ):
+        super().__init__(shape, None)
+        self.alphabet = list(alphabet)
+
+    def to_x(self, data):
+        if data.is_floating_point():
+            raise ValueError(f"tokens are whole numbers, not {data.dtype}")
+        return data.long()
+
+    def from_x(self, x):  # sentences
+        names = self.alphabet
+        if not names:
+            return [" ".join(map(str, row)) for row in x.tolist()]
+        gap = "" if all(len(name) == 1 for name in names) else " "
+        known = range(len(names))
+        rows = ([names[k] if k in known else "?" for k in row] for row in x.tolist())
+        return [gap.join(row) for row in rows]
+
+    def show(self, x, cols=8):
+        return {".txt": ("\n".join(self.from_x(x.cpu())) + "\n").encode()}
 
 # %% ../nbs/84_space.ipynb #40cae144
 USUAL = {1: "points", 2: "sound", 3: "images", 4: "film"}  # by the length of the shape
