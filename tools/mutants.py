@@ -28,8 +28,8 @@ MUTANTS = [
         [
             (
                 "training",
-                "with self.autocast(): losses = self.model",
-                "with self.autocast() and torch.enable_grad(): losses = self.model",
+                "with self.autocast(): losses = self.denoiser",
+                "with self.autocast() and torch.enable_grad(): losses = self.denoiser",
             )
         ],
     ),
@@ -39,8 +39,8 @@ MUTANTS = [
         [
             (
                 "guidance",
-                "torch.rand(len(y), generator=generator, device=at) < p",
-                "torch.tensor(__import__('numpy').random.rand() < p).expand(len(y))",
+                "torch.rand(n, generator=generator, device=at) < p",
+                "torch.tensor(__import__('numpy').random.rand() < p).expand(n)",
             )
         ],
     ),
@@ -50,10 +50,10 @@ MUTANTS = [
         [
             (
                 "training",
-                "in batches_from(self.dls.valid)",
+                "x, cond, *eps = self.moved(*batch) with self.autocast():",
                 (
-                    "in ((x, drop_labels(y, self.p_uncond, self.null)) for x, y in"
-                    " batches_from(self.dls.valid))"
+                    "x, cond, *eps = self.moved(*batch)\ncond = model.cond.drop(cond,"
+                    " model.p_uncond, generator)\nwith self.autocast():"
                 ),
             )
         ],
@@ -63,11 +63,7 @@ MUTANTS = [
         "the epoch's loss is a sum of batch means",
         [
             ("training", "self.loss_sum += losses.sum()", "self.loss_sum += losses.mean()"),
-            (
-                "training",
-                "mean = float(self.loss_sum) / max(self.seen, 1)",
-                "mean = float(self.loss_sum)",
-            ),
+            ("training", "return total / max(n, 1)", "return total"),
         ],
     ),
     (
@@ -78,7 +74,7 @@ MUTANTS = [
     (
         4,
         "index 0 is not trained",
-        [("process", "torch.randint(1, self.t_max + 1", "torch.randint(2, self.t_max + 1")],
+        [("process", "randint(1, process.t_max + 1", "randint(2, process.t_max + 1")],
     ),
     (
         4,
@@ -99,13 +95,13 @@ MUTANTS = [
                 "guidance",
                 "def guided(x, t):",
                 (
-                    "if not torch.as_tensor(scale).any(): return lambda x, t: denoise(x, t, y)\n"
-                    "def guided(x, t):"
+                    "if not torch.as_tensor(scale).any(): return lambda x, t: denoise(x, t, y)\ndef"
+                    " guided(x, t):"
                 ),
             )
         ],
     ),
-    (6, "uint8 truncates", [("core", ".round().clamp(0, 255)", ".clamp(0, 255)")]),
+    (6, "uint8 truncates", [("pictures", ".round().clamp(0, 255)", ".clamp(0, 255)")]),
     (
         7,
         "attention reads only the width",
@@ -145,8 +141,11 @@ MUTANTS = [
         [
             (
                 "training",
-                "from . import __version__",
-                "from . import __version__\nfrom .data import get_dls; get_dls('digits')",
+                "from .batches import Feed, check_batch, splits",
+                (
+                    "from .batches import Feed, check_batch, splits\nfrom .data import get_dls;"
+                    " get_dls('digits')"
+                ),
             )
         ],
     ),
@@ -158,18 +157,19 @@ MUTANTS = [
                 "model",
                 "torch.Generator(self.device).manual_seed(seed)",
                 "torch.Generator(self.device).manual_seed(0)",
-            )
+            ),
+            ("training", "seed + 1_000_003 * rank()", "1_000_003 * rank()"),
         ],
     ),
     (
         14,
         "the seed of the weights is ignored",
-        [("model", "torch.manual_seed(seed)\n net", "torch.manual_seed(0)\nnet")],
+        [("model", "torch.manual_seed(seed)\n if dims", "torch.manual_seed(0)\nif dims")],
     ),
     (
         14,
         "the device is ignored",
-        [("model", "default_device(device), tuple(shape)", "default_device(), tuple(shape)")],
+        [("model", "self.device = default_device(device)", "self.device = default_device()")],
     ),
     (
         15,
@@ -185,7 +185,13 @@ MUTANTS = [
     (
         15,
         "optimizer and schedule are not restored",
-        [("training", 'for name in ("opt", "sched", "ema"', 'for name in ("ema", "ema", "ema"')],
+        [
+            (
+                "training",
+                'for name in ("opt", "sched", "scaler")[: 3 if same else 2]',
+                'for name in ("scaler",) * same',
+            )
+        ],
     ),
     (
         16,
@@ -193,7 +199,7 @@ MUTANTS = [
         [
             (
                 "unet",
-                "F.scaled_dot_product_attention(q, k, v)",
+                "F.scaled_dot_product_attention(q, k, v, mask)",
                 "(q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v",
             )
         ],
@@ -209,16 +215,29 @@ MUTANTS = [
         [
             (
                 "guidance",
-                "denoise(torch.cat([x, x]), torch.cat([t, t]), torch.cat([none, y])).chunk(2)",
-                "(denoise(x, t, none), denoise(x, t, y))",
+                "x0_hats = denoise(torch.cat([x, x]), torch.cat([t, t]), both)",
+                (
+                    "x0_hats = torch.cat([denoise(x, t, tree(lambda v: v[:n], both)), denoise(x, t,"
+                    " tree(lambda v: v[n:], both))])"
+                ),
             )
         ],
     ),
-    (17, "nothing is clipped", [("model", "clip_x0(denoise) if clip else denoise", "denoise")]),
+    (
+        17,
+        "nothing is clipped",
+        [("model", "clip_x0(denoise, bounds) if bounds else denoise", "denoise")],
+    ),
     (
         17,
         "EMA and schedule step when the scaler skipped",
-        [("training", "(now := self.scaler.get_scale()) < scale", "False")],
+        [
+            (
+                "training",
+                "if scaling and (now := scaler.get_scale()) < scale",
+                "if False and (now := scaler.get_scale()) < scale",
+            )
+        ],
     ),
     (
         18,
