@@ -48,7 +48,8 @@ from .denoiser import Denoiser, exact_denoiser
 from .ema import EMA
 from .guidance import cfg
 from .pretrained import manifest, read_pretrained
-from .sampling import clip_x0, euler, sample
+from .sampling import clip_x0, euler
+from .sampling import sample as walk
 from .settings import check_precision
 from .space import make_space
 from .unet import check_size
@@ -176,7 +177,7 @@ def step_misfit(process, name: str, **settings) -> str:  # '' where they go toge
     g = torch.Generator().manual_seed(0)
     x, ts = process.init_noise((4, 1), "cpu", g), process.steps(2, "cpu")
     try:
-        x = sample(two, process, x, ts, make_step(name, **settings), generator=g)
+        x = walk(two, process, x, ts, make_step(name, **settings), generator=g)
     except ValueError as e:
         return str(e)
     if x.isfinite().all():
@@ -264,7 +265,7 @@ class Model:
 
     def name_classes(self, names: list):
         "Give classes that are merely numbered their names."
-        if self.classes and self.classes == [str(k) for k in range(self.num_classes)]:
+        if names and self.classes == [str(k) for k in range(self.num_classes)]:
             self.cond = Labels(self.num_classes, names)
 
     def sample_timesteps(self, n):  # (n,) times to train at
@@ -475,7 +476,7 @@ def draw(
         else:
             x = start[part].to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            x = sample(
+            x = walk(
                 denoise,
                 process,
                 x,

@@ -344,8 +344,7 @@ def look_at(self: Diffusion, dls):
     self.feed = Feed(train, self.space, self.cond)
     check_batch(*self.feed.first(), self.space, self.cond)
     self.valid = None if valid is None else Feed(valid, self.space, self.cond)
-    if names := list(getattr(dls, "classes", None) or ()):
-        self.name_classes(names)
+    self.name_classes(list(getattr(dls, "classes", None) or ()))
     if hasattr(dls, "to"):
         dls.to(self.device)
 
@@ -364,7 +363,7 @@ def prepare(
     join()
     settings = length_of(epochs, minutes, settings)
     self.look_at(dls)
-    settings = self.fastest(settings)
+    settings = self.race(settings)
     if epochs is not None:
         settings = dataclasses.replace(
             settings, total_steps=self.steps_in(epochs, settings)
@@ -403,7 +402,7 @@ def start_training(self: Diffusion, settings: Settings):
 
 
 @patch
-def fastest(self: Diffusion, settings: Settings) -> Settings:
+def race(self: Diffusion, settings: Settings) -> Settings:
     "Precision and memory layout by a race, where they were left open."
     layouts = (False, True) if len(self.shape) == 3 else (False,)
 
@@ -484,7 +483,7 @@ def resume(self: Diffusion, dls):
         same &= settings.precision in ("float32", *precisions(self.device))
     if not same:
         free = dataclasses.replace(settings, precision="auto", channels_last=None)
-        settings = self.fastest(free)
+        settings = self.race(free)
     self.start_training(settings)
     self.trainer.load_state_dict(state)
     self.feed.restore(state.get("data"))
@@ -695,6 +694,7 @@ def begin(self: Diffusion, dls, init, epochs, minutes, settings, progress) -> di
     "A new training; what the run's history says of it."
     event = dict(event="start", step=0)
     if init is not None:
+        self.name_classes(list(getattr(dls, "classes", None) or ()))
         said = self.start_from(init)
         event |= dict(init=str(init), said=said)
         if progress and is_first():
