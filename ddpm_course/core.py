@@ -164,8 +164,10 @@ def enter(
     def put(thing):
         room = ROOMS.setdefault(kind, {})
         known = room.get(name, thing)
-        if _address(known) != _address(thing):
-            raise ValueError(f"{kind} {name!r} is taken by {'.'.join(_address(known))}")
+        if not _places(known) & _places(thing):
+            raise ValueError(
+                f"{kind} {name!r} is taken by {'.'.join(min(_places(known)))}"
+            )
         if inspect.isclass(thing):
             thing.__init__ = _noting(thing.__init__, name, thing)
         elif makes:
@@ -178,15 +180,15 @@ def enter(
     return put
 
 
-def _address(thing):
+def _places(thing) -> set:
     # where it is written: a lesson's exported cell is the module that it exports
     module, name = thing.__module__, thing.__qualname__
-    if module == "__main__":
-        from ddpm_course._modidx import d
+    if module != "__main__":
+        return {(module, name)}
+    from ddpm_course._modidx import d
 
-        known = [m for m, names in d["syms"].items() if f"{m}.{name}" in names]
-        module = next((m for m in known if ".answers." not in m), module)
-    return module, name
+    known = [m for m, names in d["syms"].items() if f"{m}.{name}" in names]
+    return {(m, name) for m in known if ".answers." not in m} or {(module, name)}
 
 
 def _noting(f, name, cls=None):
@@ -218,7 +220,7 @@ def _noting(f, name, cls=None):
 
 
 def _described(thing, name, settings):
-    where = _address(thing)[0]
+    where, _ = min(_places(thing))
     own = where.partition(".")[0] == "ddpm_course"
     foreign = {} if own else dict(module=where)
     return dict(name=name, **{k: _plain(v) for k, v in settings.items()}, **foreign)

@@ -266,7 +266,7 @@ def make_space(
     bounds=(-1.0, 1.0),  # where `what` is a shape
 ) -> Space:  # ValueError for an unknown name
     "The space of a shape, or from what was written down of it."
-    if isinstance(what, Space):
+    if hasattr(what, "to_x"):
         return what
     if isinstance(what, dict):
         return build("space", **what)
