@@ -109,18 +109,21 @@ class Budget:
         now: float,  # seconds used so far
         # seconds that the end will take: a last validation, saving
         reserve: float = 0.0,
+        paused: float = 0.0,  # seconds of those used in which nothing was trained
     ) -> int:  # steps that the fall should have, at least 1; 0: not yet
         "Should the rate begin to fall? By the speed of the last while."
-        window = max(0.04 * self.seconds, 1.0)
-        self.marks.append((now, self.last))
-        while len(self.marks) > 2 and self.marks[1][0] < now - window:
+        trained = now - paused
+        self.marks.append((trained, self.last))
+        window = max(0.03 * self.seconds, 0.2)
+        while len(self.marks) > 5 and self.marks[1][0] < trained - window:
             self.marks.pop(0)
         if self.begin is not None or now < (1 - self.decay) * (self.seconds - reserve):
             return 0
-        (then, step), left = self.marks[0], self.seconds - reserve - now
+        then, step = self.marks[0]
         if self.last == step:
             return 1
-        pace = (now - then) / (self.last - step)
+        pace = (trained - then) / (self.last - step)
+        left = (self.seconds - reserve - now) * trained / max(now, 1e-9)
         return max(round(left / max(pace, 1e-9)), 1)
 
     def decide(self, length: int):

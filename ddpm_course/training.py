@@ -547,7 +547,7 @@ class Watch:
         endless = diff.feed.length is None and now - self.reported > 60
         length = 0
         if trainer.total is None:
-            length = trainer.sched.fall(diff.used(), diff.reserve)
+            length = trainer.sched.fall(diff.used(), diff.reserve, diff.paused)
         return save and not trainer.done, endless and not trainer.done, length
 
     def show(self, now):
@@ -617,6 +617,7 @@ def report(self: Diffusion, mean: float):
     for log in self.loggers:
         log(self.step, logs, images, files)
     self.reserve = time.monotonic() - begin
+    self.paused += self.reserve
 
 
 @patch
@@ -657,7 +658,8 @@ def fit(
         raise ValueError(
             "nothing to train on: fit needs data, such as get_dls('digits')"
         )
-    self.began, self.before, self.reserve = time.monotonic(), 0.0, 0.0
+    self.began, self.before = time.monotonic(), 0.0
+    self.reserve = self.paused = 0.0  # seconds of the last report, and of all
     self.run = None if run is None else Run(run)
     again = self.run is not None and self.run.holds()
     if again and not (resume or extend):

@@ -287,6 +287,22 @@ def test_minutes_are_kept_and_the_end_is_decided_once(tmp_path):
     assert diff.trainer.done and plan["begin"] > 0 and plan["begin"] + plan["length"] == diff.step
 
 
+@pytest.mark.parametrize("busy", [(0, 1 / 3), (2 / 3, 9)])
+def test_minutes_hold_although_the_machine_is_slower_for_a_third_of_the_time(busy):
+    seconds, diff = 5.0, tiny_diffusion()
+    real, start = diff.train_step, time.monotonic()
+
+    def step(*batch):  # ten times slower while somebody else is there
+        share = (time.monotonic() - start) / seconds
+        time.sleep(0.03 if busy[0] <= share < busy[1] else 0.003)
+        return real(*batch)
+
+    diff.train_step = step
+    diff.fit(tiny_dls(), minutes=seconds / 60, progress=False, loggers=[], **QUICK)
+    took = time.monotonic() - start
+    assert abs(took / seconds - 1) < 0.1, f"{took:.2f} s, {seconds} were asked for"
+
+
 def test_no_synchronisation_between_bar_refreshes(monkeypatch):
     """A step reads no number back from the device; checks that say 'on the CPU only' in their own
     line may."""
