@@ -970,13 +970,14 @@ def demo(run, minutes):
     images = diff.sample(labels, cfg_scale=2.0, seed=0)
     save_images(images, run / "samples.png", cols=10, scale=3)
     save_images(strip, run / "filmstrip.png", cols=len(frames) + 1, scale=3)
-    judge = classifier_for(dls)
+    judge, many = classifier_for(dls), labels.repeat(5)
+    read = label_accuracy(judge, diff.sample(many, cfg_scale=2.0, seed=2), many)
     last = diff.history[-1]
     click.echo(
         f"loss {last['loss']:.4f}, validation loss"
         f" {last['valid_loss']:.4f}\n{seconds:.0f} s, {seen / seconds:.0f} images per"
         " second\na classifier reads the digit asked for in"
-        f" {label_accuracy(judge, diff.sample(labels.repeat(5), cfg_scale=2.0, seed=2), labels.repeat(5)):.1%}"
+        f" {read:.1%}"
         f" of 500 samples (and the right one in {test_accuracy(judge, dls):.1%} of the"
         f" real test digits)\n{run / 'samples.png'}\n{run / 'filmstrip.png'}"
     )

@@ -136,11 +136,8 @@ class Labels(Condition):
         near = difflib.get_close_matches(name, self.classes, 1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         names = ", ".join(map(repr, self.classes[:12])) + ", ..." * (self.n > 12)
-        if numbered:
-            names += " (by name only, as a name is a number itself)"
-        raise ValueError(
-            f"unknown label {name!r}: labels are class numbers or one of {names}.{hint}"
-        )
+        more = " (by name only, as a name is a number itself)" if numbered else ""
+        raise ValueError(f"unknown label {name!r}: choose one of {names}{more}.{hint}")
 
     def null(self, cond):
         return torch.full_like(cond, self.n)

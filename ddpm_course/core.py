@@ -169,7 +169,9 @@ def enter(
                 f"{kind} {name!r} is taken by {'.'.join(min(_places(known)))}"
             )
         if inspect.isclass(thing):
-            thing.__init__ = _noting(thing.__init__, name, thing)
+            own = inspect.isfunction(thing.__init__)  # object's is none
+            init = thing.__init__ if own else _nothing_to_do
+            thing.__init__ = _noting(init, name, thing)
         elif makes:
             thing = _noting(thing, name)
         else:
@@ -178,6 +180,10 @@ def enter(
         return thing
 
     return put
+
+
+def _nothing_to_do(self):
+    pass
 
 
 def _places(thing) -> set:

@@ -33,8 +33,7 @@ def write_samples(
 
 
 class LocalLogger:
-    """Records a run in its folder: log.jsonl with a line per call, images/ with files of
-    samples, each as its space shows it."""
+    "Records a run in its folder: a line per call in log.jsonl, samples in images/."
 
     def __init__(
         self,

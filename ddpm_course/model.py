@@ -255,6 +255,10 @@ class Model:
     def classes(self) -> list:  # names; empty where nothing is labelled
         return list(self.cond.classes)
 
+    @classes.setter
+    def classes(self, names):
+        self.cond = Labels(len(names), names)
+
     @property
     def num_classes(self) -> int:
         return len(self.cond.classes)
@@ -266,7 +270,7 @@ class Model:
     def name_classes(self, names: list):
         "Give classes that are merely numbered their names."
         if names and self.classes == [str(k) for k in range(self.num_classes)]:
-            self.cond = Labels(self.num_classes, names)
+            self.classes = names
 
     def sample_timesteps(self, n):  # (n,) times to train at
         return self.process.sample_t(n, self.device, self.generator)

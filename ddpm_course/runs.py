@@ -32,6 +32,11 @@ class Run:
         self.saved = time.monotonic()  # when something was last saved
         self.warned = False  # that a checkpoint could not be written
 
+    def __fspath__(self):  # a Run may stand where a path is asked for
+        return str(self.folder)
+
+    __str__ = __fspath__
+
     def holds(self) -> bool:  # is there a training to go on with?
         return bool(checkpoints(self.folder))
 

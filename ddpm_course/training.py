@@ -717,7 +717,10 @@ def go_on(self: Diffusion, dls, extend, epochs, minutes, settings, progress) -> 
         return event
     end = self.trainer.total or f"the end of {self.settings.minutes:g} minutes"
     if self.trainer.done:
-        print(f"{folder} is done at step {self.step}: extend=True (--extend) goes on")
+        print(
+            f"{folder} is done, at step {self.step} of {end}: extend=True (--extend)"
+            " makes it longer"
+        )
     elif extend:
         print(f"{folder} is extended from step {self.step} to {end}")
     else:

@@ -157,7 +157,10 @@ def described(thing) -> str:
     "Signature with the comment beside each argument, and docstring, without nbdev's heading."
     from nbdev.showdoc import BasicMarkdownRenderer, show_doc
 
-    text = show_doc(thing, renderer=BasicMarkdownRenderer, title_level=2)._repr_markdown_()
+    try:
+        text = show_doc(thing, renderer=BasicMarkdownRenderer, title_level=2)._repr_markdown_()
+    except NameError:  # the arguments are those of a class of torch
+        return f"*{' '.join(thing.__doc__.split())}*"
     text = re.sub(r"\{target=[^}]*\}", "", text)
     text = re.sub(r"^(---|\[source\].*|#+ .*)$", "", text, flags=re.M)
     _, signature, words = text.split("```", 2)

@@ -299,7 +299,6 @@ def test_f_wrap_gives_the_same_pictures_however_they_are_cut():
 LETTERS = 6  # and one more number, the mask
 
 
-@enter("process", "test_absorb")
 class Absorb(Times):
     "Each letter is hidden with probability t (Austin et al. 2021)."
 

@@ -298,7 +298,7 @@ def test_a_second_flow_needs_one_step():
 def test_noise_that_does_not_fit_is_refused():
     x = torch.zeros(4, 2)
     diff = Diffusion(PointNet(), Flow(), "velocity", shape=(2,), device="cpu")
-    with pytest.raises(ValueError, match=r"noise of shape \(3, 2\) for images of shape \(4, 2\)"):
+    with pytest.raises(ValueError, match=r"noise of shape \(3, 2\) for points of shape \(4, 2\)"):
         diff.fit(SimpleNamespace(train=[(x, None, x[:3])], valid=[]), total_steps=2, **QUICK)
 
 
