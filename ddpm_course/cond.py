@@ -135,7 +135,9 @@ class Labels(Condition):
             return int(name)
         near = difflib.get_close_matches(name, self.classes, 1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        names = ", ".join(map(repr, self.classes[:12])) + ", ..." * (self.n > 12)
+        numbers = [] if numbered else list(map(str, range(self.n)))
+        known = list(dict.fromkeys(numbers[:12] + self.classes[:12]))
+        names = ", ".join(map(repr, known)) + ", ..." * (self.n > 12)
         more = " (by name only, as a name is a number itself)" if numbered else ""
         raise ValueError(f"unknown label {name!r}: choose one of {names}{more}.{hint}")
 

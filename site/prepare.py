@@ -47,7 +47,7 @@ PARTS = {  # page -> title, lessons, what it is about
     ),
     "rooms": (
         "Rooms behind the lessons",
-        range(80, 100),
+        range(70, 100),
         (
             "Workshops and references: what the lessons use, and what a library needs that a lesson"
             " need not show. Look things up here."
