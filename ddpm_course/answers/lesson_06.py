@@ -88,12 +88,12 @@ def _(fn):
     wrong = {
         "Divide the scores by sqrt(d), here 2.": masked(scores).softmax(-1) @ v,
         (
-            "The softmax must run over j, the last axis: the weights of one asking token"
-            " add up to 1."
+            "The softmax must run over j, the last axis: the weights of one asking"
+            " token add up to 1."
         ): (masked(scores / 2).softmax(0) @ v),
         (
-            "You set forbidden weights to 0 after the softmax; the rest no longer adds up"
-            " to 1."
+            "You set forbidden weights to 0 after the softmax; the rest no longer adds"
+            " up to 1."
         ): (((scores / 2).softmax(-1) * allowed) @ v),
         "You set forbidden scores to 0, but exp(0) = 1 is still a weight.": (
             (scores / 2 * allowed).softmax(-1) @ v
