@@ -336,7 +336,10 @@ class Examples:
         data, rows = self.dataset(), {}
         for i in sorted(numbers):
             try:
-                rows[i] = unpacked(data[i], self.frame)
+                # that bytes of a file cannot be written
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)
+                    rows[i] = unpacked(data[i], self.frame)
             except Exception as e:  # whatever a library says of broken bytes
                 why = " ".join(str(e).split()) or type(e).__name__
                 return ValueError(f"example {i} of {self.folder} cannot be read: {why}")
