@@ -113,13 +113,19 @@ def _process(name, schedule):
     return process
 
 
+def _examples(split) -> int:  # of batches in memory, or of a stream
+    if split is None:
+        return 0
+    return split.examples if hasattr(split, "examples") else len(split.labels)
+
+
 @main.command()
 @click.option(
     "--data",
     default="digits",
     help=(
         "digits, shapes, mnist, fashion_mnist, cifar10, or a folder of images (a"
-        " subfolder per class, or none)."
+        " subfolder per class, or none) or of shards (streams.write_shards)."
     ),
 )
 @click.option(
@@ -253,7 +259,7 @@ def train(
         seed=seed,
     )
     sizes = "{:,} training images, {:,} to validate, {:,} to test".format(
-        *(len(b.labels) for b in (dls.train, dls.valid, dls.test))
+        *map(_examples, (dls.train, dls.valid, dls.test))
     )
     click.echo(
         f"{dls.name}: {sizes}, {'x'.join(map(str, dls.shape))}, {dls.num_classes}"
@@ -445,6 +451,11 @@ def _reference(against, channels, **kw):
     from ddpm_course.data import get_dls
 
     dls = get_dls(against, **kw)
+    if hasattr(dls.train, "examples"):
+        raise ValueError(
+            f"{against} holds shards, which are read a few at a time: compare with a"
+            " folder of images"
+        )
     if channels not in (None, dls.shape[0]):
         found, dls = dls, get_dls(against, channels=channels, **kw)
         if channels == 1 and any(
