@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from ddpm_course.batches import Feed, Loader, unpack
 from ddpm_course.cond import Captions, Labels
+from ddpm_course.process import DDPM
 from ddpm_course.space import Images
 from ddpm_course.training import Diffusion
 
@@ -28,15 +29,16 @@ def pairs(n=N, size=B):
 
 
 def recorded(diff, stop=None):
-    "A model that writes down which examples it sees, and fails at a step."
+    "A model that writes down which examples it sees, and fails after a step."
     diff.saw, real = [], diff.train_step
 
     def step(x, *rest):
+        diff.saw.append(((x[:, 0, 0, 0] + 1) / 2 * (N - 1)).round().int().tolist())
+        losses = real(x, *rest)
         if diff.step == stop:
             diff.save_model()
             raise ConnectionError
-        diff.saw.append(((x[:, 0, 0, 0] + 1) / 2 * (N - 1)).round().int().tolist())
-        return real(x, *rest)
+        return losses
 
     diff.train_step = step
     return diff
@@ -322,6 +324,18 @@ def test_looking_at_a_restored_loader_loses_nothing(at):
     assert all(torch.equal(a, b) for a, b in zip(rest, passed[at:]))
 
 
+@pytest.mark.parametrize("look", [False, True])
+def test_a_state_of_the_end_of_a_pass_begins_the_next(look):
+    "torchdata's loaders once gave a pass without batches after such a state."
+    feed = Feed(Counting(), Images((1, 8, 8)), Labels(3))
+    feed.restore(dict(at=N // B))
+    if look:
+        feed.first()
+    assert [len(x) for x, *_ in feed.epoch(1, 0)] == [B] * (N // B)
+    feed.restore(dict(at=N // B))
+    assert list(feed.epoch(0, N // B)) == [], "nothing is left of the pass that was begun"
+
+
 class Lying(list):
     def __init__(self, batches, says):
         super().__init__(batches)
@@ -350,7 +364,7 @@ def test_the_mean_loss_counts_examples_not_batches():
     class Told(nn.Module):
         def __init__(self):
             super().__init__()
-            self.w = nn.Parameter(torch.zeros(1))
+            self.w, self.process = nn.Parameter(torch.zeros(1)), DDPM(100, "cosine")
 
         def loss(self, x0, cond=None, t=None, eps=None, generator=None):
             return x0[:, 0, 0, 0] + 0 * self.w
