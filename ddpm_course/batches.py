@@ -80,12 +80,15 @@ class Feed:
                 f"train on data such as get_dls('digits'), not on {loader!r:.40}"
             )
         self.loader, self.space, self.cond = loader, space, cond
-        self.once = iter(loader) is loader  # a generator: it cannot be read again
+        self.once = hasattr(loader, "__next__")  # a generator: it cannot be read again
         self.begun = None  # an iterator of which the first batch was looked at
         self.resumed = False  # the loader itself goes on in the middle
 
     def __len__(self):  # TypeError where nobody knows
         return len(self.loader)
+
+    def __bool__(self):  # a feed is one, also where it has no length
+        return True
 
     @property
     def length(self) -> int | None:  # batches in a pass; None: nobody knows
@@ -109,6 +112,8 @@ class Feed:
         else:
             batches = iter(self.loader)
         batch = next(batches := iter(batches), None)
+        if batch is None and self.resumed:  # the state was that of the end of a pass
+            batch = next(batches := iter(self.loader), None)
         if batch is None:
             raise ValueError("the training data is empty")
         if not hasattr(self.loader, "epoch"):
@@ -118,16 +123,22 @@ class Feed:
     def epoch(self, e: int = 0, start: int = 0):  # from batch number `start` of pass e
         "The batches of a pass; what makes going on exact is in `exactness`."
         if hasattr(self.loader, "epoch"):
-            batches = self.loader.epoch(e, start)
-        elif self.begun:
+            return map(self.ready, self.loader.epoch(e, start))
+        skip = 0 if self.resumed else start
+        resumed, self.resumed = self.resumed, False
+        if self.begun:
             first, rest = self.begun
             self.begun = None
-            batches = itertools.islice(itertools.chain([first], rest), start, None)
+            batches = itertools.chain([first], rest)
         else:
-            skip = 0 if self.resumed else start
-            self.resumed = False
-            batches = itertools.islice(iter(self.loader), skip, None)
-        return map(self.ready, batches)
+            batches = iter(self.loader)
+        if resumed and not start:  # its state may be that of the end of a pass
+            batches = self.or_again(batches)
+        return map(self.ready, itertools.islice(batches, skip, None))
+
+    def or_again(self, batches):  # the next pass, where this one holds nothing more
+        first = next(batches, None)
+        return iter(self.loader) if first is None else itertools.chain([first], batches)
 
     def exactness(self) -> str:  # '' where going on is exact; else why it is not
         "Can this loader go on in the middle?"
@@ -186,7 +197,9 @@ class Loader:
         n = len(self.dataset)
         order = torch.randperm(n, generator=g) if self.shuffle else torch.arange(n)
         batches = [b.tolist() for b in order.split(self.batch_size)[start:]]
-        return iter(DataLoader(self.dataset, batch_sampler=batches, **self.kw))
+        # its own random numbers: torch's would be others after going on in the middle
+        kw = dict(generator=g) | self.kw
+        return iter(DataLoader(self.dataset, batch_sampler=batches, **kw))
 
 # %% ../nbs/83_batches.ipynb #7fee3b3b
 def check_batch(
@@ -233,7 +246,7 @@ def splits(
         if valid is None or isinstance(valid, (list, tuple)) and not valid
         else valid
     )
-    if valid is not None and iter(valid) is valid:
+    if valid is not None and hasattr(valid, "__next__"):
         raise ValueError(
             "the validation data can be read only once: give a list or a loader, or"
             " None"

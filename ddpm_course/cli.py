@@ -225,8 +225,8 @@ TRAIN = [  # name, settings of click.option
             default="digits",
             help=(
                 "digits, shapes, mnist, fashion_mnist, cifar10, a folder of images (a"
-                " subfolder per class, or none), or an array (.npy, .npz, .safetensors,"
-                " .csv)."
+                " subfolder per class, or none) or of shards (streams.write_shards), or"
+                " an array (.npy, .npz, .safetensors, .csv)."
             ),
         ),
     ),
@@ -456,6 +456,8 @@ def _summary(dls, diff, predict) -> str:
 
 
 def _count(part):  # examples of a split, where somebody knows
+    if part is None or hasattr(part, "examples"):  # none, or a stream
+        return f"{getattr(part, 'examples', 0):,}"
     for thing in (getattr(part, "labels", None), getattr(part, "x", None)):
         if thing is not None:
             return f"{len(thing):,}"
@@ -649,6 +651,11 @@ def _reference(against, channels, **kw):
     from ddpm_course.data import get_dls
 
     dls = get_dls(against, **kw)
+    if hasattr(dls.train, "examples"):
+        raise ValueError(
+            f"{against} holds shards, which are read a few at a time: compare with a"
+            " folder of images"
+        )
     if channels not in (None, dls.shape[0]):
         found, dls = dls, get_dls(against, channels=channels, **kw)
         if channels == 1 and any(

@@ -362,7 +362,8 @@ def parts_dls(
 
 # %% ../nbs/01_data.ipynb #c2720505
 def get_dls(
-    # 'shapes', 'digits', 'mnist', 'fashion_mnist', 'cifar10', or a folder of images
+    # 'shapes', 'digits', 'mnist', 'fashion_mnist', 'cifar10', or a folder of images or
+    # shards
     name_or_path,
     img_size=32,  # side in pixels, or (height, width)
     batch_size: int = 64,
@@ -389,6 +390,11 @@ def get_dls(
     if name_or_path == "shapes":
         return shapes_dls(img_size, batch_size, seed, sizes, objects)
     folder = is_path(name_or_path)
+    if folder:
+        from ddpm_course.streams import holds_shards, stream_dls
+
+        if holds_shards(name_or_path):
+            return stream_dls(name_or_path, batch_size, seed, img_size, bool(flip))
     fill, slack = (
         (None, 1.0) if folder or name_or_path == "cifar10" else (0, 1.25)
     )  # ink on black: pad with black
