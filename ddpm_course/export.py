@@ -95,7 +95,7 @@ class Step(nn.Module):
         self.null = model.cond.null
 
     def estimate(self, x, at, cond):  # x0_hat, before it is clipped
-        clock, c_in, c_skip, c_out = at[:, :4].unbind(1)
+        clock, c_in, c_skip, c_out = at.unbind(1)[:4]
         c_in, c_skip, c_out = (per_example(c, x) for c in (c_in, c_skip, c_out))
         return c_skip * x + c_out * self.net(c_in * x, clock, cond)
 
@@ -106,17 +106,17 @@ class Step(nn.Module):
         guidance: Tensor | None = None,  # (B,); None: a model that is told nothing
         told: dict | None = None,  # the parts of the condition: name -> (B, ...)
     ):  # x_s, x0_hat, both of x's shape
-        B = x.shape[0]
         if self.names is None:
             x0_hat = self.estimate(x, at, None)
         else:
             cond = tree(lambda name: told[name], self.names)
             both = tree(lambda no, c: torch.cat([no, c]), self.null(cond), cond)
             x0_hat = self.estimate(torch.cat([x, x]), torch.cat([at, at]), both)
-            x0_hat = x0_hat[:B].lerp(x0_hat[B:], per_example(guidance, x))
+            uncond, heard = x0_hat.unflatten(0, (2, -1)).unbind()
+            x0_hat = uncond.lerp(heard, per_example(guidance, x))
         if self.bounds:
             x0_hat = x0_hat.clamp(*self.bounds)
-        shares = (per_example(v, x) for v in at[:, 4:].unbind(1))
+        shares = (per_example(v, x) for v in at.unbind(1)[4:])
         alpha_t, sigma_t, alpha_s, sigma_s = shares
         eps_hat = (x - alpha_t * x0_hat) / sigma_t
         return alpha_s * x0_hat + sigma_s * eps_hat, x0_hat
@@ -241,9 +241,8 @@ def onnx_bytes(program, about: dict) -> bytes:  # ValueError where onnx is not i
             output_names=about["outputs"],
             verbose=False,
         )
-    graph = made.model.graph
-    for node in graph:
-        node.metadata_props.clear()
+    for part in (made.model.graph, *made.model.graph):
+        part.metadata_props.clear()
     made.model.metadata_props[KEY] = json.dumps(about)
     return made.model_proto.SerializeToString()
 
@@ -405,17 +404,19 @@ def export_diffusers(
 ) -> dict:  # as export_model; ValueError for a process without a counterpart
     "The network and its noise schedule, for diffusers' schedulers to walk with."
     model, folder = on_cpu(model), Path(folder)
+    name = described(model.process, "process")["name"]
+    if name not in SCHEDULERS:
+        raise ValueError(
+            f"diffusers gets the noise of {' and '.join(SCHEDULERS)} only, not of"
+            f" {name}: --to onnx and --to torch carry their own"
+        )
+    config, first, unit = SCHEDULERS[name]
     about = facts(model, [])
-    config, first, unit = choose(
-        described(model.process, "process")["name"],
-        SCHEDULERS,
-        "process to diffusers' schedulers (--to onnx and torch bring their own)",
-    )
     param = described(model.ema_model.param, "prediction")["name"]
     config = config(model.process, param, model.space.bounds)
     unet = Predicts(model, first, unit)
     example = dict(
-        sample=torch.randn(3, *model.shape),
+        sample=randn((3, *model.shape), torch.Generator().manual_seed(0)),
         timestep=(
             torch.tensor([0, 9, 99]) if first else torch.tensor([9.0, 99.0, 500.0])
         ),
@@ -499,13 +500,22 @@ def export_model(
     model = on_cpu(model)
     step, about = Step(model), facts(model, steps)
     cond = something(model.cond, 3)
-    example = dict(
-        x=torch.randn(3, *model.shape), at=rows(model.ema_model, 1).expand(3, -1)
-    )
+    at = rows(model.ema_model, 1).repeat(3, 1)
+    example = dict(x=torch.zeros(3, *model.shape), at=at)
     if cond is not None:
         example |= dict(guidance=torch.ones(3), told=flat(cond))
-    data = WRITERS[to](traced(step, example), about)
-    off, n = difference(model, READERS[to](data))
+    program = traced(step, example)
+    try:
+        data = WRITERS[to](program, about)
+        off, n = difference(model, READERS[to](data))
+    except ValueError:
+        raise
+    except Exception as e:  # the libraries raise many kinds
+        first = str(e).strip().splitlines()[0]
+        raise ValueError(
+            f"{to} does not run what torch {torch.__version__} writes of this model, a"
+            f" newer torch may do better: {first}"
+        ) from e
     if not off < 1e-3:
         raise ValueError(
             f"the {to} file would give other samples than torch (by {off:.2g} after"
