@@ -78,7 +78,9 @@ setup(
     include_package_data=True,
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg.get("requirements", "").split(),
-    extras_require={name: cfg.get(f"{name}_requirements", "").split() for name in ("dev", "bench")},
+    extras_require={
+        name: cfg.get(f"{name}_requirements", "").split() for name in ("dev", "bench", "export")
+    },
     entry_points={
         "console_scripts": cfg.get("console_scripts", "").split(),
         "nbdev": [f"{pkg}={pkg}._modidx:d"],

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'USUAL_STEPS', 'KEY', 'SCHEDULERS', 'WRITERS', 'READERS', 'ENDINGS', 'rows', 'grids', 'named', 'flat',
-           'per_example', 'Step', 'strength', 'facts', 'needs', 'quiet', 'traced', 'torch_bytes', 'onnx_bytes',
-           'Exported', 'said_by', 'load_onnx', 'load_torch', 'ddim_config', 'flow_config', 'Predicts',
+           'per_example', 'Step', 'strength', 'facts', 'needs', 'check_onnx', 'quiet', 'traced', 'torch_bytes',
+           'onnx_bytes', 'Exported', 'said_by', 'load_onnx', 'load_torch', 'ddim_config', 'flow_config', 'Predicts',
            'export_diffusers', 'on_cpu', 'something', 'difference', 'export_model']
 
 # %% ../nbs/80_export.ipynb #1bbc8651
@@ -178,6 +178,16 @@ def needs(*packages: str):
         )
 
 
+def check_onnx():
+    "ValueError where no ONNX can be written: packages are missing, or torch is old."
+    needs("onnx", "onnxscript", "onnxruntime")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
+        raise ValueError(
+            f"torch {torch.__version__} writes ONNX that onnxruntime does not run: take"
+            " torch 2.8 or newer, or --to torch"
+        )
+
+
 @contextlib.contextmanager
 def quiet():
     "Without what exporters say of their own affairs."
@@ -229,9 +239,9 @@ def torch_bytes(program, about: dict) -> bytes:
     return file.getvalue()
 
 
-def onnx_bytes(program, about: dict) -> bytes:  # ValueError where onnx is not installed
+def onnx_bytes(program, about: dict) -> bytes:  # ValueError: see check_onnx
     "The file that onnxruntime reads."
-    needs("onnx", "onnxscript")
+    check_onnx()
     with quiet():
         made = torch.onnx.export(
             program,
@@ -496,7 +506,7 @@ def export_model(
     if to == "diffusers":
         return export_diffusers(model, out)
     if to == "onnx":
-        needs("onnx", "onnxscript", "onnxruntime")
+        check_onnx()
     model = on_cpu(model)
     step, about = Step(model), facts(model, steps)
     cond = something(model.cond, 3)

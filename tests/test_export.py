@@ -1,6 +1,7 @@
 """A model in a file of another library draws the images that it draws here, and the file says what
 it is; what cannot be exported is refused with a sentence."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from ddpm_course.export import (
     KEY,
     USUAL_STEPS,
     Step,
+    check_onnx,
     export_model,
     load_onnx,
     load_torch,
@@ -33,16 +35,14 @@ from ddpm_course.light_unet import LightUNet
 from ddpm_course.model import Model
 from ddpm_course.training import load_pretrained
 
-OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8)
-
 
 def onnxruntime():
     "The module; the test is left out where ONNX cannot be written or run."
-    if OLD:
-        pytest.skip("torch older than 2.8 does not write what onnxruntime runs")
-    for name in ("onnx", "onnxscript"):
-        pytest.importorskip(name, reason="comes with the extra 'export'")
-    return pytest.importorskip("onnxruntime", reason="comes with the extra 'export'")
+    try:
+        check_onnx()
+    except ValueError as e:
+        pytest.skip(str(e))
+    return importlib.import_module("onnxruntime")
 
 
 @cache
