@@ -79,7 +79,8 @@ setup(
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg.get("requirements", "").split(),
     extras_require={
-        name: cfg.get(f"{name}_requirements", "").split() for name in ("dev", "bench", "stream")
+        name: cfg.get(f"{name}_requirements", "").split()
+        for name in ("dev", "bench", "stream", "export")
     },
     entry_points={
         "console_scripts": cfg.get("console_scripts", "").split(),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTEXT', 'GUIDANCE', 'SEED', 'DEVICE', 'IMPORT', 'TRAIN', 'Sentences', 'main', 'say', 'train', 'sample', 'evaluate',
-           'info', 'progress', 'demo']
+           'info', 'progress', 'demo', 'export']
 
 # %% ../nbs/91_cli.ipynb #c47ed54a
 import difflib
@@ -987,6 +987,55 @@ def demo(run, minutes):
         f" {read:.1%}"
         f" of 500 samples (and the right one in {test_accuracy(judge, dls):.1%} of the"
         f" real test digits)\n{run / 'samples.png'}\n{run / 'filmstrip.png'}"
+    )
+
+# %% ../nbs/91_cli.ipynb #6d38e8fd
+@main.command()
+@click.argument("run", type=click.Path())
+@click.option(
+    "--to",
+    type=click.Choice(["onnx", "torch", "diffusers"]),
+    default="onnx",
+    help="The library that will read it.",
+)
+@click.option(
+    "--out",
+    type=click.Path(),
+    help=(
+        "File to write; for diffusers a folder [default: model.onnx, model.pt2 or"
+        " model-diffusers in the run folder; named after a model that ships, here]."
+    ),
+)
+@click.option(
+    "--steps",
+    multiple=True,
+    type=int,
+    help=(
+        "Number of steps that the file is to know; may be given several times"
+        " [default: 1, 2, 4, 10, 20, 25, 50 and 100]."
+    ),
+)
+def export(run, to, out, steps):
+    """Write a model for onnxruntime, torch.export or diffusers, and compare: RUN is a
+    run folder, or a model that ships (digits, shapes, mnist)."""
+    from ddpm_course.core import choose
+    from ddpm_course.export import ENDINGS, export_model
+    from ddpm_course.files import is_path
+    from ddpm_course.pretrained import manifest
+    from ddpm_course.training import Diffusion, load_pretrained
+
+    if ships := not Path(run, "config.json").exists() and not is_path(run):
+        models = {k: e for k, e in manifest().items() if "net" in e["config"]}
+        choose(run, models, "model (and no run folder of that name)")
+    name = f"{run if ships else 'model'}{ENDINGS[to]}"
+    if to != "diffusers":
+        out = _out(out, "" if ships else run, name)
+    out = Path(out or Path("" if ships else run, name))
+    model = load_pretrained(run, "cpu") if ships else Diffusion.load(run, "cpu")
+    done = export_model(model, out, to, steps or None)
+    click.echo(
+        f"{done['file']}: {done['bytes'] / 1e6:.1f} MB; {done['said']} differ from"
+        f" torch's by at most {done['difference']:.1e}"
     )
 
 # %% ../nbs/91_cli.ipynb #4c3237c1
