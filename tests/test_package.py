@@ -226,7 +226,8 @@ def test_importing_training_costs_little_more_than_importing_torch(imported, cle
 
 def test_everything_the_package_imports_is_declared():
     "Also inside functions, where an import test does not look."
-    asked = CFG["requirements"].split() + CFG["export_requirements"].split()
+    extras = ("requirements", "export_requirements", "stream_requirements")
+    asked = [r for extra in extras for r in CFG[extra].split()]
     declared = {canonicalize_name(Requirement(r).name) for r in asked}
     by_import = {
         k: {canonicalize_name(d) for d in v} for k, v in md.packages_distributions().items()

@@ -385,10 +385,10 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
         assert done.returncode == 0, done.stderr
         return float(done.stdout.split()[-1])
 
-    streamed, kept = [peak(mb, "streamed") for mb in (64, 512)], peak(512, "kept")
+    streamed, kept = [peak(mb, "streamed") for mb in (48, 240)], peak(240, "kept")
     print(f"peak memory in MB: {streamed} while writing and training, {kept} in memory")
     assert abs(streamed[1] - streamed[0]) < 40, streamed
-    assert kept - streamed[1] > 350, "the same measure sees what is kept"
+    assert kept - streamed[1] > 140, "the same measure sees what is kept"
 
 
 def test_without_the_library(shards, monkeypatch, tmp_path):
