@@ -194,13 +194,13 @@ def test_other_data_and_processes(kind, tmp_path):
     net = None if net is None else tiny(**net)
     model = Model(net, device="cpu", **settings)
     for p in model.ema_model.parameters():
-        p.data += 0.02 * torch.randn_like(p)
+        p.data += 0.2 * torch.randn_like(p)  # so much that samples are clipped
     export_model(model, tmp_path / "x.pt2", "torch")
     exported = load_torch(tmp_path / "x.pt2")
     ask = dict(n_steps=10, seed=1, cfg_scale=1.5)
     ours, theirs = model.sample(n=3, **ask), exported.sample(n=3, **ask)
     assert (ours - theirs).abs().max() < 1e-4 * max(1, ours.abs().max())
-    assert bool(exported.about["bounds"]) == (kind != "unbounded")
+    assert (ours.abs().max() == 1) == (kind in ("sound", "film"))  # clipped
 
 
 def test_a_run_folder_without_labels(tmp_path):
