@@ -28,21 +28,25 @@ class Sentences(click.Group):
     def invoke(self, ctx):
         import torch
         from ddpm_course.core import keep_memory
+        from ddpm_course.dist import PeerLost, is_first, join, one_voice, speaks
         from ddpm_course.training import TrainingDiverged
 
         keep_memory()  # this process is ours
         said = set()
 
         def say(message, *_, **__):
-            if str(message) not in said:
+            if str(message) not in said and is_first():
                 click.echo(f"warning: {message}", err=True)
             said.add(str(message))
 
         try:
-            with warnings.catch_warnings():
+            join()  # the processes of torchrun
+            with warnings.catch_warnings(), one_voice():
                 warnings.showwarning = say
                 return super().invoke(ctx)
-        except (ValueError, OSError, TrainingDiverged) as e:
+        except (ValueError, OSError, TrainingDiverged, PeerLost) as e:
+            if not speaks():
+                sys.exit(1)
             raise click.ClickException(str(e)) from e
         except (MemoryError, torch.OutOfMemoryError) as e:
             raise click.ClickException(
@@ -50,7 +54,8 @@ class Sentences(click.Group):
                 " less"
             ) from e
         except KeyboardInterrupt as e:
-            click.echo(f"\n{e}" if str(e) else "\nstopped", err=True)
+            if speaks():
+                click.echo(f"\n{e}" if str(e) else "\nstopped", err=True)
             sys.exit(130)
 
 
@@ -215,6 +220,7 @@ def train(
     from ddpm_course.checkpoint import checkpoints
     from ddpm_course.core import default_device, save_images
     from ddpm_course.data import get_dls
+    from ddpm_course.dist import is_first
     from ddpm_course.files import is_path
     from ddpm_course.model import check_param
     from ddpm_course.training import Diffusion
@@ -273,6 +279,8 @@ def train(
         lr=lr,
         precision=precision,
     )
+    if not is_first():  # the first process draws, for all
+        return
     labels = [k for k in range(dls.num_classes) for _ in range(8)] or None
     path = save_images(
         diff.sample(
