@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'LOST', 'join', 'leave', 'together', 'world', 'rank', 'is_first', 'PeerLost', 'sentences', 'last_words',
-           'speaks', 'one_voice', 'told', 'largest', 'summed', 'gathered', 'check_alike', 'part', 'Shard', 'spread',
-           'wrapped', 'check_net', 'shallow', 'unshared', 'sharded', 'blocks', 'whole', 'slice_like', 'collect']
+           'speaks', 'one_voice', 'told', 'largest', 'summed', 'gathered', 'agreed', 'check_alike', 'part', 'Shard',
+           'spread', 'wrapped', 'check_net', 'shallow', 'unshared', 'sharded', 'blocks', 'whole', 'slice_like',
+           'collect']
 
 # %% ../nbs/82_dist.ipynb #4ec691d6
 import atexit
@@ -155,6 +156,22 @@ def gathered(thing) -> list:  # one of each process, in the order of their ranks
     return things
 
 
+@contextlib.contextmanager
+def agreed():  # what is done here must not talk to the other processes
+    "Where something can go wrong in one process alone: then it ends all of them."
+    wrong = None
+    try:
+        yield
+    except Exception as e:
+        wrong = e
+    said = gathered(wrong and f"{type(wrong).__name__}: {wrong}")
+    if wrong:
+        raise wrong
+    for r, words in enumerate(said):
+        if words:
+            raise PeerLost(f"process {r} cannot go on, so all end ({words})")
+
+
 def check_alike(**facts):  # ValueError, in all processes, where one differs
     "Facts that must be the same everywhere."
     for r, theirs in enumerate(everybodys := gathered(facts)):
@@ -190,6 +207,11 @@ class Shard:
     def __init__(self, loader):
         self.loader = loader
         self.batch_size = getattr(loader, "batch_size", None)
+
+    def to(self, device):
+        if hasattr(self.loader, "to"):
+            self.loader.to(device)
+        return self
 
     def __len__(self):
         return len(self.loader) // world()

@@ -24,6 +24,7 @@ from ddpm_course.checkpoint import (
 )
 from .core import choose, patch, tree
 from ddpm_course.dist import (
+    agreed,
     check_alike,
     collect,
     gathered,
@@ -443,7 +444,8 @@ def prepare(
     self.began = time.monotonic()
     join()
     settings = length_of(epochs, minutes, settings)
-    self.look_at(dls)
+    with agreed():
+        self.look_at(dls)
     settings = self.fastest(settings)
     if epochs is not None:
         settings = dataclasses.replace(
@@ -478,9 +480,8 @@ def steps_in(self: Diffusion, epochs: float, settings: Settings) -> int:
 
 @patch
 def start_training(self: Diffusion, settings: Settings):
-    check_alike(
-        settings=dataclasses.asdict(settings), numbers_of_batches=self.feed.length
-    )
+    length, facts = self.feed.length, dataclasses.asdict(settings)
+    check_alike(numbers_of_batches=length, settings=facts)
     self.trainer = Trainer(self, settings)
     self.trainer.sharded = getattr(self.feed.loader, "sharded", False)
 
@@ -549,7 +550,9 @@ def open_run(self: Diffusion, event: dict):
     "Write down what is trained; what can go wrong with the folder goes wrong here."
     size = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
     settings = dataclasses.asdict(self.settings)
-    if is_first():
+    with agreed():
+        if not is_first():
+            return
         self.run.open(self.config, settings, self.data_config(), size, event)
 
 
@@ -558,13 +561,14 @@ def resume(self: Diffusion, dls, strategy: str | None = None):  # None: as it wa
     "Weights and state of the newest checkpoint; ValueError where it is another run."
     self.began = time.monotonic()
     join()
-    self.look_at(dls)
-    if why := self.feed.exactness():
-        raise ValueError(f"{self.run.folder} cannot go on: {why}")
-    self.run.check_same(self.config, self.data_config())
-    path, state = self.run.newest()
-    load_weights(self.model, path, "model")
-    load_weights(self.ema_model, path, "ema")
+    with agreed():
+        self.look_at(dls)
+        if why := self.feed.exactness():
+            raise ValueError(f"{self.run.folder} cannot go on: {why}")
+        self.run.check_same(self.config, self.data_config())
+        path, state = self.run.newest()
+        load_weights(self.model, path, "model")
+        load_weights(self.ema_model, path, "ema")
     kept = state["settings"] | (dict(strategy=strategy) if strategy else {})
     if kept.get("strategy") == "fsdp":
         kept["channels_last"] = False
