@@ -277,12 +277,14 @@ def check_writable(
 
 # %% ../nbs/93_checkpoint.ipynb #666813da
 @contextlib.contextmanager
-def stop_on_signal():
+def stop_on_signal(
+    patient: bool = False,  # torchrun hands a signal on, so that it comes twice
+):
     "Ctrl-C and SIGTERM set a flag, read between two steps; a second one interrupts."
     asked = threading.Event()
 
     def handler(number, frame):
-        if asked.is_set():
+        if asked.is_set() and not patient:
             raise KeyboardInterrupt
         asked.set()
 

@@ -30,7 +30,7 @@ class Sentences(click.Group):
     def invoke(self, ctx):
         import torch
         from ddpm_course.core import keep_memory
-        from ddpm_course.dist import PeerLost, is_first, leave
+        from ddpm_course.dist import PeerLost, is_first, join, leave, one_voice, speaks
         from ddpm_course.training import TrainingDiverged
 
         keep_memory()  # this process is ours
@@ -42,11 +42,12 @@ class Sentences(click.Group):
             said.add(str(message))
 
         try:
-            with warnings.catch_warnings():
+            join()  # the processes of torchrun
+            with warnings.catch_warnings(), one_voice():
                 warnings.showwarning = say
                 return super().invoke(ctx)
         except (ValueError, OSError, TrainingDiverged, PeerLost) as e:
-            if not is_first():
+            if not speaks():
                 sys.exit(1)
             raise click.ClickException(str(e)) from e
         except (MemoryError, torch.OutOfMemoryError) as e:
@@ -55,7 +56,7 @@ class Sentences(click.Group):
                 " less"
             ) from e
         except KeyboardInterrupt as e:
-            if is_first():
+            if speaks():
                 click.echo(f"\n{e}" if str(e) else "\nstopped", err=True)
             sys.exit(130)
         finally:

@@ -297,14 +297,16 @@ def default_device(
     # 'cuda', 'cuda:1', 'mps', 'cpu'; None or 'auto' takes the best there is
     name: str | None = None,
 ) -> torch.device:  # ValueError if it does not exist or is not there
-    "The device to compute on."
+    "The device to compute on; of several GPUs, that of this process under torchrun."
     here = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
     if name in (None, "auto"):
-        return torch.device(next(k for k, there in here.items() if there))
+        name = next(k for k, there in here.items() if there)
+    if name == "cuda" and here["cuda"] and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     kind, colon, index = str(name).partition(":")
     if not choose(kind, here, "device"):
         raise ValueError(

@@ -42,9 +42,11 @@ class Settings:
     warmup: int = 50  # steps to the highest rate, where `minutes` are given
     decay: float = 0.25  # share of the minutes in which the rate falls
     first_step: int = 0  # where a run was extended: the step from which this counts
+    strategy: str = "ddp"  # of several processes; 'fsdp': each holds a slice, see dist
 
     def __post_init__(self):
         choose(self.precision, {**PRECISIONS, "auto": None}, "precision")
+        choose(self.strategy, dict(ddp=0, fsdp=0), "strategy")
         for name in ("lr", "clip", "accumulate"):
             if not getattr(self, name) > 0:
                 raise ValueError(
@@ -56,6 +58,10 @@ class Settings:
         choose(self.plan, dict(auto=0, one_cycle=0, hold=0), "plan")
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay is a share of the minutes, not {self.decay}")
+        if self.strategy == "fsdp" and self.channels_last:
+            raise ValueError("fsdp slices rows of memory: leave channels_last out")
+        if self.strategy == "fsdp" and self.precision == "float16":
+            raise ValueError("fsdp has no loss scaling: take bfloat16 or float32")
 
 # %% ../nbs/99_settings.ipynb #e91f98d2
 class Budget:
@@ -219,8 +225,6 @@ def fastest(
     device: torch.device,
     trial,  # settings -> a function without arguments that does one step with them
     layouts=(False, True),  # of memory: channels last or not, where there is a choice
-    # number of the winner -> that which all processes take
-    agree=lambda choice: choice,
 ) -> Settings:  # ValueError for float16 without a GPU
     "Fill in precision and memory layout by timing a few steps of each."
     auto = settings.precision == "auto"
@@ -236,4 +240,4 @@ def fastest(
     if len(options) == 1:
         return options[0]
     times = [timings(trial(option))[0] for option in options]
-    return options[agree(times.index(min(times)))]
+    return options[times.index(min(times))]
