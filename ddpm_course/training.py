@@ -167,10 +167,10 @@ def train_step(
         x, cond, eps, weight = part(x, cond, eps)  # this process' examples
     cond = model.cond.drop(cond, model.p_uncond, model.generator)
     self.denoiser.train()
-    with self.autocast():
-        losses = self.denoiser.loss(x, cond, eps=eps, generator=model.generator)
     last = (self.pending + 1) % pieces == 0
     with unshared(self.denoiser, last):
+        with self.autocast():
+            losses = self.denoiser.loss(x, cond, eps=eps, generator=model.generator)
         self.scaler.scale(weight * losses.mean() / pieces).backward()
     losses = losses.detach() if weight else losses.detach()[:0]
     self.flag_unless(losses.isfinite().all())

@@ -205,9 +205,9 @@ def test_one_log_one_config_one_run(runs, n):
 
 @pytest.fixture(scope="module")
 def killed(runs):
-    "Process 1 of 2 dies in the third pass, in the middle of a group of pieces."
+    "Process 1 of 2 dies in the second pass; what was saved has a piece of a step pending."
     folder = runs[0] / "killed"
-    group = Group(2, train, folder, run=folder / "run", kill=(1, 6))
+    group = Group(2, train, folder, run=folder / "run", kill=(1, 4), save_every=1e9)
     codes = group.wait(60)
     return folder, codes, torch.load(folder / "found-0.pt", weights_only=False)
 
@@ -217,7 +217,8 @@ def test_a_killed_process_ends_the_others_with_a_sentence(killed):
     assert codes == [0, -signal.SIGKILL]
     name, text = found["error"]
     assert name == "PeerLost" and text.count(".") == 0 and "resume=True (--resume)" in text
-    assert 0 < len(checkpoints(folder / "run")) <= 2 and found["step"] == 6
+    state = read_state(newest(folder / "run"))
+    assert (found["step"], state["step"], state["pending"], state["epoch"]) == (4, 2, 1, 1)
 
 
 def test_the_same_number_goes_on_bit_for_bit(runs, killed):
@@ -466,7 +467,8 @@ def test_a_loader_of_each_process_its_own(two):
 
 def ending(what, run):
     "Something happens in one process; what each is told, and when."
-    dls, kw = tiny_dls(), dict(epochs=200, save_every=0.0, loggers=[])
+    size = 4096 if what == "signal" else 64  # examples; it comes in the middle of a pass
+    dls, kw = tiny_dls(size), dict(epochs=200, save_every=0.0, loggers=[])
     start = time.monotonic()
 
     class Breaks(type(dls.train)):
@@ -538,9 +540,10 @@ def test_an_end_of_one_is_the_end_of_all(ends, what):
         assert not said(folder)[1] and found[0]["step"] == found[1]["step"] == 12
     else:
         at = int(newest(folder / "run").name.split("-")[1])
-        assert at <= found[0]["step"] < 800
+        assert at <= found[0]["step"] < 800 or what == "signal"
     if what == "signal":  # all left at one step, which is saved
-        assert found[0]["step"] == found[1]["step"] == at >= 30
+        assert found[0]["step"] == found[1]["step"] == at
+        assert 30 <= at < 120
         assert all(one["told"].endswith(f"saved to {folder / 'run'}") for one in found)
 
 
