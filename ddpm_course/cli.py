@@ -447,7 +447,8 @@ def train(data, root, img_size, batch_size, run, config=None, imports=(), **opti
 def _summary(dls, diff, predict) -> str:
     parts = (getattr(dls, k, ()) for k in ("train", "valid", "test"))
     counts = [_count(part) for part in parts]
-    sizes = "{} training images, {} to validate, {} to test".format(*counts)
+    what = "images" if diff.space.config["name"] == "images" else "examples"
+    sizes = f"{{}} training {what}, {{}} to validate, {{}} to test".format(*counts)
     shape, road = "x".join(map(str, dls.shape)), diff.process.config["name"]
     weights = sum(p.numel() for p in diff.model.parameters())
     return (

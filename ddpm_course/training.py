@@ -311,7 +311,7 @@ def state_dict(self: Trainer, feed: Feed | None = None) -> dict:
         generator=shares[0]["noise"],
         cpu_rng=shares[0]["cpu"],
         random=shares,
-        data=feed.state() if feed else None,
+        data=None if feed is None else feed.state(),
         device=model.device.type,
         settings=dataclasses.asdict(self.settings),
     )
