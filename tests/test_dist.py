@@ -560,6 +560,13 @@ class Torchrun:
         quiet = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.main = subprocess.Popen(command, env=env, start_new_session=True, **quiet)
 
+    def kill(self):  # processes first: torchrun gives each a session of its own
+        for r in range(2):
+            with contextlib.suppress(AssertionError, ProcessLookupError):
+                os.kill(self.worker(r), signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.main.pid, signal.SIGKILL)
+
     def worker(self, r) -> int:  # its process id
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -581,7 +588,7 @@ class Torchrun:
         try:
             out = self.main.communicate(timeout=seconds)[0]
         except subprocess.TimeoutExpired:
-            os.killpg(self.main.pid, signal.SIGKILL)
+            self.kill()
             out = self.main.communicate()[0]
         return self.main.returncode, out
 
