@@ -111,9 +111,11 @@ def speaks() -> bool:  # True in one process, the first that asks
 @contextlib.contextmanager
 def one_voice():
     "What a program prints is printed once, by the first process."
-    nowhere = contextlib.nullcontext() if is_first() else open(os.devnull, "w")
-    with nowhere as f:
-        with contextlib.redirect_stdout(f) if f else contextlib.nullcontext():
+    if is_first():
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        with contextlib.redirect_stdout(nowhere):
             yield
 
 

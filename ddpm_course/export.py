@@ -127,12 +127,13 @@ KEY = "ddpm_course.json"  # under which the file keeps what it says of itself
 
 def strength(process, shape: tuple) -> float:  # ValueError for another beginning
     "Sampling begins from standard normal noise times this."
-    if not hasattr(process, "sigma"):
+    try:
+        end = process.sigma(torch.full((1,), float(process.t_max))).float().item()
+    except AttributeError:
         raise ValueError(
             f"{type(process).__name__} does not mix data with noise: only the steps of"
             " processes with alpha and sigma are exported"
-        )
-    end = process.sigma(torch.full((1,), float(process.t_max))).float().item()
+        ) from None
     noise = randn((1, *shape), torch.Generator().manual_seed(0))
     begins = process.prior(noise.shape, "cpu", torch.Generator().manual_seed(0))
     if not torch.equal(begins, noise * end):

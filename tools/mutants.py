@@ -188,8 +188,9 @@ MUTANTS = [
         [
             (
                 "training",
-                'for name in ("opt", "sched", "scaler")[: 3 if same else 2]',
-                'for name in ("scaler",) * same',
+                'self.opt.load_state_dict(state["opt"] | dict(state=moments))\n'
+                'for name in ("sched", "scaler")[: 2 if same else 1]:',
+                'for name in ("scaler",) * same:',
             )
         ],
     ),
