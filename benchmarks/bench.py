@@ -76,6 +76,26 @@ def parser(doc: str, **defaults) -> argparse.ArgumentParser:
     return p
 
 
+def some_of(p: argparse.ArgumentParser, names, metavar: str):
+    "--only: some of the rows; all of them by default."
+    p.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(names),
+        default=list(names),
+        metavar=metavar,
+        help=f"some of {', '.join(names)}",
+    )
+
+
+def several(p: argparse.ArgumentParser, name: str, default: list, says: str, kind=int, unit="N"):
+    "One number or more; the help says what is meant, and the default."
+    usual = " ".join(f"{v:g}" for v in default)
+    p.add_argument(
+        name, nargs="+", type=kind, default=default, metavar=unit, help=f"{says} ({usual})"
+    )
+
+
 def begin(args):
     "Device and threads as asked for; the folder for results; SystemExit where --run is no run."
     import torch

@@ -32,7 +32,18 @@ import tokenize
 from pathlib import Path
 
 import torch
-from bench import HERE, Results, above_0, begin, labels, markdown, measured_on, over_seeds, parser
+from bench import (
+    HERE,
+    Results,
+    above_0,
+    begin,
+    labels,
+    markdown,
+    measured_on,
+    over_seeds,
+    parser,
+    several,
+)
 
 NAMES = dict(
     ddpm="DDPM, cosine schedule",
@@ -433,22 +444,8 @@ def main(argv=None):
             " usual one"
         ),
     )
-    p.add_argument(
-        "--evaluations",
-        nargs="+",
-        type=above_0,
-        default=[10, 20, 50],
-        metavar="N",
-        help="of the network for a sample (10 20 50)",
-    )
-    p.add_argument(
-        "--seeds",
-        nargs="+",
-        type=int,
-        default=[0],
-        metavar="N",
-        help="each trains a model of its own (0)",
-    )
+    several(p, "--evaluations", [10, 20, 50], "of the network for a sample", above_0)
+    several(p, "--seeds", [0], "each trains a model of its own")
     p.add_argument(
         "--steps",
         type=above_0,

@@ -10,7 +10,7 @@ import argparse
 import json
 
 import torch
-from bench import Results, above_0, begin, child, markdown, measured_on, parser
+from bench import Results, above_0, begin, child, markdown, measured_on, parser, several
 
 NETS = dict(light="light network", full="source network, our way")
 # pixels of a batch beyond which the large network is left out on a CPU: too much for a laptop
@@ -86,22 +86,8 @@ def table(rows: list) -> str:
 
 def main(argv=None):
     p = parser(__doc__)
-    p.add_argument(
-        "--sizes",
-        nargs="+",
-        type=above_0,
-        default=[32, 64, 128],
-        metavar="N",
-        help="sides of the images (32 64 128)",
-    )
-    p.add_argument(
-        "--batches",
-        nargs="+",
-        type=above_0,
-        default=[8, 32],
-        metavar="N",
-        help="images in a batch (8 32)",
-    )
+    several(p, "--sizes", [32, 64, 128], "sides of the images", above_0)
+    several(p, "--batches", [8, 32], "images in a batch", above_0)
     p.add_argument("--case", help=argparse.SUPPRESS)
     args = begin(p.parse_args(argv))
     if args.case:

@@ -18,7 +18,18 @@ import statistics
 import time
 
 import torch
-from bench import Results, begin, labels, markdown, measured_on, parser, race, short
+from bench import (
+    Results,
+    begin,
+    labels,
+    markdown,
+    measured_on,
+    parser,
+    race,
+    several,
+    short,
+    some_of,
+)
 
 SHAPES = {  # of 32x32 images; gathered 2x2, three levels are 16x16, 8x8 and 4x4
     "light": ("as LightUNet comes: gathered 2x2, 32/64/64, attention at 4x4", {}),
@@ -162,16 +173,9 @@ def one_table(rows: list) -> str:
 def main(argv=None):
     p = parser(__doc__, n=1000, seconds=120, steps=10, rounds=5)
     p.set_defaults(threads=1)
-    p.add_argument(
-        "--only",
-        nargs="+",
-        choices=list(SHAPES),
-        default=list(SHAPES),
-        metavar="SHAPE",
-        help=f"some of {', '.join(SHAPES)}",
-    )
+    some_of(p, SHAPES, "SHAPE")
     p.add_argument("--data", default="mnist", choices=["mnist", "shapes"], help="(%(default)s)")
-    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="(0 1)")
+    several(p, "--seeds", [0, 1], "each trains a model of its own")
     p.add_argument("--precision", default="bfloat16", help="bfloat16 or float32 (%(default)s)")
     args = begin(p.parse_args(argv))
     from quality import Quality, data

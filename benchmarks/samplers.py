@@ -16,7 +16,18 @@ the median counts, since shared machines drift.
 from pathlib import Path
 
 import torch
-from bench import Results, begin, labels, markdown, measured_on, parser, race, short
+from bench import (
+    Results,
+    begin,
+    labels,
+    markdown,
+    measured_on,
+    parser,
+    race,
+    several,
+    short,
+    some_of,
+)
 
 SCALE, KEY = 2.0, ("library", "sampler", "steps")
 OURS = (
@@ -235,22 +246,8 @@ def main(argv=None):
     groups = ["ours", "denoising_diffusion_pytorch", "diffusers", "source"]
     # chunk as Diffusion.sample cuts, so that a call is an evaluation
     p = parser(__doc__, n=1000, chunk=128, rounds=3)
-    p.add_argument(
-        "--only",
-        nargs="+",
-        choices=groups,
-        default=groups,
-        metavar="GROUP",
-        help=f"some of {', '.join(groups)}",
-    )
-    p.add_argument(
-        "--seeds",
-        nargs="+",
-        type=int,
-        default=[0, 1, 2],
-        metavar="N",
-        help="of ours (0 1 2); the others have the first",
-    )
+    some_of(p, groups, "GROUP")
+    several(p, "--seeds", [0, 1, 2], "of ours; the others have the first")
     p.add_argument(
         "--time", action="store_true", help="draw nothing anew: only time the rows that are there"
     )

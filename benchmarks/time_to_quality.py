@@ -27,7 +27,18 @@ import statistics
 import time
 
 import torch
-from bench import Results, begin, labels, markdown, measured_on, over_seeds, parser, short
+from bench import (
+    Results,
+    begin,
+    labels,
+    markdown,
+    measured_on,
+    over_seeds,
+    parser,
+    several,
+    short,
+    some_of,
+)
 
 NAMES = dict(
     ours="ddpm_course, light network",
@@ -371,38 +382,10 @@ def table(rows: list) -> str:
 
 def main(argv=None):
     p = parser(__doc__, n=1000)
-    p.add_argument(
-        "--only",
-        nargs="+",
-        choices=list(NAMES),
-        default=list(NAMES),
-        metavar="MODEL",
-        help=f"some of {', '.join(NAMES)}",
-    )
-    p.add_argument(
-        "--budgets",
-        nargs="+",
-        type=int,
-        default=[60, TARGET],
-        metavar="S",
-        help="seconds of training (60 300)",
-    )
-    p.add_argument(
-        "--seeds",
-        nargs="+",
-        type=int,
-        default=[0, 1, 2],
-        metavar="N",
-        help="of ours (0 1 2); the peers have the first",
-    )
-    p.add_argument(
-        "--guidance",
-        nargs="+",
-        type=float,
-        default=[2.0, 1.5, 1.0],
-        metavar="G",
-        help="of ours (2 1.5 1)",
-    )
+    some_of(p, NAMES, "MODEL")
+    several(p, "--budgets", [60, TARGET], "seconds of training", unit="S")
+    several(p, "--seeds", [0, 1, 2], "of ours; the peers have the first")
+    several(p, "--guidance", [2.0, 1.5, 1.0], "of ours", float, "G")
     p.add_argument(
         "--samples-slow",
         type=int,

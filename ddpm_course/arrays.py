@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .batches import pass_order
 from .core import choose
 
 # %% ../nbs/78_arrays.ipynb #df31aec2
@@ -90,9 +91,7 @@ class ArrayBatches:
 
     def epoch(self, e: int, start: int = 0):
         "The batches of pass e from number `start`."
-        g = torch.Generator().manual_seed((self.seed * 1_000_003 + e) % 2**63)
-        n = len(self.x)
-        order = torch.randperm(n, generator=g) if self.shuffle else torch.arange(n)
+        order, _ = pass_order(len(self.x), self.shuffle, self.seed, e)
         for i in order.split(self.batch_size)[start:]:
             yield (self.x[i], None if self.labels is None else self.labels[i])
 
@@ -108,7 +107,7 @@ class ArrayData:
         valid: float = 0.1,  # share of the examples; as many to test
     ):
         x, y, names = read_arrays(path)
-        x = x.float() if x.is_floating_point() or x.dtype != torch.uint8 else x
+        x = x if x.dtype == torch.uint8 else x.float()
         self.name, self.shape = Path(path).stem, tuple(x.shape[1:])
         self.num_classes = 0 if y is None else int(y.max()) + 1
         self.classes = [str(k) for k in range(self.num_classes)]

@@ -9,7 +9,7 @@ __all__ = ['PARAMS', 'eps_param', 'x0_param', 'v_param', 'score_param', 'flow_pa
 import torch
 from torch import Tensor, nn
 
-from .core import bcast, enter, patch, randint, randn, wide
+from .core import enter, patch, randint, randn, wide
 from .process import LEAST, Process, along, pick
 
 # %% ../nbs/03_denoiser.ipynb #0aabbad6

@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'USUAL_STEPS', 'KEY', 'SCHEDULERS', 'WRITERS', 'READERS', 'ENDINGS', 'rows', 'grids', 'named', 'flat',
            'per_example', 'Step', 'strength', 'facts', 'needs', 'check_onnx', 'quiet', 'traced', 'torch_bytes',
            'onnx_bytes', 'Exported', 'said_by', 'load_onnx', 'load_torch', 'ddim_config', 'flow_config', 'Predicts',
-           'export_diffusers', 'on_cpu', 'something', 'difference', 'export_model']
+           'apart', 'export_diffusers', 'on_cpu', 'something', 'difference', 'export_model']
 
 # %% ../nbs/80_export.ipynb #1bbc8651
 import contextlib
@@ -409,6 +409,11 @@ class Predicts(nn.Module):
         return self.net(sample, self.clock((timestep + self.first) * self.unit), cond)
 
 
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    "The largest difference; as a share of the largest of ours where that exceeds 1."
+    return (ours - theirs).abs().max().item() / max(1.0, ours.abs().max().item())
+
+
 def export_diffusers(
     model: Model,  # its averaged weights are written
     folder,  # gets unet.pt2 and scheduler_config.json
@@ -443,7 +448,7 @@ def export_diffusers(
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "unet.pt2", data)
     write_json(folder / "scheduler_config.json", config)
-    off = (ours - theirs).abs().max().item() / max(1.0, ours.abs().max().item())
+    off = apart(ours, theirs)
     net = type(unet.net).__name__
     said = (
         f"diffusers has no network like {net}, so unet.pt2 is it, to be called as"
@@ -493,7 +498,7 @@ def difference(model: Model, exported: Exported) -> tuple:  # it, and in how man
     told = something(model.cond)
     more = dict(n=4 if told is None else None, cfg_scale=2.0, n_steps=steps, seed=0)
     ours, theirs = model.sample(told, **more), exported.sample(told, **more)
-    return (ours - theirs).abs().max().item() / max(1.0, ours.abs().max().item()), steps
+    return apart(ours, theirs), steps
 
 
 def export_model(

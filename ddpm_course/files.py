@@ -544,9 +544,11 @@ def make_messy_folder(
     "A small labelled folder with broken, doubled, transparent and sideways images."
     from PIL import Image
 
+    from ddpm_course.pictures import as_pil
+
     def picture(i, size):
         images, _, _ = draw_shapes(torch.tensor([i]), size)
-        return Image.fromarray(images[0].permute(1, 2, 0).numpy())
+        return as_pil(images[0])
 
     folder = Path(folder)
     for kind in ("circle", "square", "star"):

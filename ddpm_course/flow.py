@@ -10,7 +10,7 @@ from torch import Tensor
 from .core import choose, enter
 from .denoiser import logit_normal
 from .process import Process, uniform
-from .sampling import euler, heun, sample
+from .sampling import heun, sample
 
 
 @enter("process", "flow")

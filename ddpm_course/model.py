@@ -11,7 +11,6 @@ __all__ = ['PART_II', 'PROCESSES', 'SAMPLERS', 'NETS', 'PREDICTIONS', 'Room', 'm
 # %% ../nbs/98_model.ipynb #e70575c0
 import copy
 import itertools
-import math
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -38,7 +37,6 @@ from ddpm_course.core import (
     choose,
     default_device,
     example_generators,
-    find,
     patch,
     randn,
     size_of,

@@ -13,8 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .core import choose
-
 # %% ../nbs/95_shapes.ipynb #0eb64c2e
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 COLOURS = {

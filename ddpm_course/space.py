@@ -8,13 +8,12 @@ __all__ = ['USUAL', 'Space', 'Anything', 'Images', 'channels_shown', 'seen', 'So
 
 # %% ../nbs/84_space.ipynb #e56c2b8d
 import io
-import math
 
 import torch
 from torch import Tensor
 
 from .core import build, enter
-from .pictures import enlarged, grid, png_bytes, to_float, to_uint8
+from .pictures import as_pil, enlarged, grid, png_bytes, to_float, to_uint8
 
 # %% ../nbs/84_space.ipynb #13140b1c
 class Space:
@@ -155,14 +154,11 @@ class Film(Space):
         return to_uint8(self.unit(x))
 
     def show(self, x, cols=8):
-        from PIL import Image
-
         u8 = self.from_x(x.detach().cpu())
         frames = []
         for frame in u8.unbind(2):
             picture = grid(seen(frame), cols * channels_shown(frame))
-            picture = enlarged(picture, 2)
-            frames.append(Image.fromarray(picture.permute(1, 2, 0).numpy()))
+            frames.append(as_pil(enlarged(picture, 2)))
         file, ms = io.BytesIO(), round(1000 / self.fps)
         first, rest = frames[0], frames[1:]
         first.save(file, "GIF", save_all=True, append_images=rest, duration=ms, loop=0)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .batches import unpack
 from .checkpoint import write_json
-from .core import choose, tree
+from .core import choose
 from .data import chance, fit_image
 from .dist import rank, world
 from ddpm_course.files import (
@@ -36,6 +36,7 @@ from ddpm_course.files import (
     set_channels,
     split_folders,
 )
+from .pictures import as_pil
 from .shapes import as_size
 
 # %% ../nbs/79_streams.ipynb #f7bb155e
@@ -87,11 +88,8 @@ def is_picture(x: Tensor) -> bool:
 
 
 def png(u8: Tensor) -> bytes:  # u8: (1 or 3,H,W)
-    from PIL import Image
-
-    pixels = u8[0] if len(u8) == 1 else u8.permute(1, 2, 0)
     file = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(file, "PNG", compress_level=1)
+    as_pil(u8).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 

@@ -5,10 +5,8 @@ __all__ = ['TrainingDiverged', 'Trainer', 'share', 'schedule', 'use_layout', 'ch
            'length_of', 'Watch', 'load_pretrained']
 
 # %% ../nbs/08_training.ipynb #0e3ace03
-import contextlib
 import copy
 import dataclasses
-import itertools
 import math
 import time
 
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 
 from .batches import Feed, check_batch, splits
 from ddpm_course.checkpoint import (
-    CheckpointError,
     fit_weights,
     load_weights,
     stop_on_signal,
@@ -536,7 +533,7 @@ def used(self: Diffusion) -> float:
 
 @patch
 def data_config(self: Diffusion) -> dict:
-    name, size = str(getattr(self.dls, "name", "")), None
+    name = str(getattr(self.dls, "name", ""))
     size = getattr(self.feed.loader, "batch_size", None)
     data = dict(name=name, batches=self.feed.length, batch_size=size)
     if world() > 1 and getattr(self.feed.loader, "sharded", False):
@@ -655,7 +652,7 @@ class Watch:
     def show(self, now):
         self.shown = now
         self.diff.trainer.check_finite()
-        mean = float(self.diff.trainer.loss_sum) / max(self.diff.trainer.seen, 1)
+        mean = self.diff.trainer.mean_loss()
         rate = self.diff.trainer.sched.get_last_lr()[0]
         self.forward(loss=f"{mean:.4f}", lr=f"{rate:.1e}")
 

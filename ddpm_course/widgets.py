@@ -20,7 +20,8 @@ import time
 import torch
 from torch import Tensor
 
-from .core import example_generators, grid, show_images, to_float
+from .core import example_generators
+from .pictures import as_pil, enlarged, grid, show_images, to_float
 
 
 def png(
@@ -38,8 +39,7 @@ def png(
         return drawn
     if isinstance(drawn, Tensor):
         rows = grid(drawn, min(cols, len(drawn)))
-        rows = rows.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-        image = Image.fromarray(rows.permute(1, 2, 0).numpy())
+        image = as_pil(enlarged(rows, scale))
     else:
         image = _figure(drawn, dpi)
     file = io.BytesIO()

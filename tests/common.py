@@ -49,6 +49,21 @@ def tiny_diffusion(num_classes=3, size=8, seed=0, **kw):
     )
 
 
+def failing(diff, when, save=False):
+    "Its training stops in front of the step at which when(diff), as if the machine had failed."
+    real = diff.train_step
+
+    def step(*batch):
+        if when(diff):
+            if save:
+                diff.save_model()
+            raise ConnectionError
+        return real(*batch)
+
+    diff.train_step = step
+    return diff
+
+
 # no timing runs, the same arithmetic every time
 QUICK = dict(precision="float32", channels_last=False)
 

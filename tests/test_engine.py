@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from common import QUICK, same_weights, tiny_diffusion, tiny_dls
+from common import QUICK, failing, same_weights, tiny_diffusion, tiny_dls
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -434,15 +434,7 @@ def test_a_finished_run_is_extended_and_one_that_is_not_is_not(tmp_path):
     assert longer.step == 12 and longer.settings.lr == 1e-3 and longer.settings.first_step == 4
     history = json.loads((run / "config.json").read_text())["history"]
     assert [(e["event"], e["step"]) for e in history] == [("start", 0), ("extend", 4)]
-    stopped = tiny_diffusion()
-    real = stopped.train_step
-
-    def step(*batch):
-        if stopped.step == 6:
-            raise ConnectionError
-        return real(*batch)
-
-    stopped.train_step = step
+    stopped = failing(tiny_diffusion(), lambda diff: diff.step == 6)
     with pytest.raises(ConnectionError):
         stopped.fit(tiny_dls(), epochs=2, run=tmp_path / "s", save_every=0, **QUIET, **QUICK)
     with pytest.raises(ValueError, match="has not come to its end .step 6 of 8.*--resume"):
@@ -458,15 +450,7 @@ def test_an_extended_run_that_is_interrupted_ends_as_if_it_had_not_been(tmp_path
     finished(tmp_path / "a"), finished(tmp_path / "b")
     how = dict(epochs=2, extend=True, **QUIET)
     whole = tiny_diffusion().fit(tiny_dls(), run=tmp_path / "a", **how)
-    broken = tiny_diffusion()
-    real = broken.train_step
-
-    def step(*batch):
-        if broken.step == 9:
-            raise ConnectionError
-        return real(*batch)
-
-    broken.train_step = step
+    broken = failing(tiny_diffusion(), lambda diff: diff.step == 9)
     with pytest.raises(ConnectionError):
         broken.fit(tiny_dls(), run=tmp_path / "b", save_every=0, **how)
     again = tiny_diffusion().fit(tiny_dls(), run=tmp_path / "b", resume=True, **QUIET)
@@ -475,15 +459,10 @@ def test_an_extended_run_that_is_interrupted_ends_as_if_it_had_not_been(tmp_path
 
 def test_a_training_by_minutes_goes_on_with_the_plan_that_was_decided(tmp_path):
     run = tmp_path / "r"
-    diff = tiny_diffusion()
-    real = diff.train_step
-
-    def step(*batch):
-        if diff.trainer.total and diff.step > diff.trainer.sched.begin:
-            raise ConnectionError
-        return real(*batch)
-
-    diff.train_step = step
+    diff = failing(
+        tiny_diffusion(),
+        lambda diff: diff.trainer.total and diff.step > diff.trainer.sched.begin,
+    )
     with pytest.raises(ConnectionError):
         diff.fit(tiny_dls(), minutes=0.05, run=run, save_every=0, **QUIET, **QUICK)
     total = diff.trainer.total

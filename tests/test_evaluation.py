@@ -1100,6 +1100,9 @@ def run(tmp_path_factory):
     )
 
 
+BY_PIXELS = ("--against", "digits", "--img-size", 16, "--features", "pixels")
+
+
 def evaluate(*args, code=0):
     done = CliRunner().invoke(main, ["evaluate", *map(str, args), "--device", "cpu"])
     assert done.exit_code == code and "Traceback" not in done.output, (done.output, done.exception)
@@ -1189,12 +1192,7 @@ def test_evaluate_a_folder_of_copied_training_images(shipping, tmp_path):
     )
     said = evaluate(
         folder,
-        "--against",
-        "digits",
-        "--img-size",
-        16,
-        "--features",
-        "pixels",
+        *BY_PIXELS,
         "--out",
         tmp_path / "e.json",
     )
@@ -1216,12 +1214,7 @@ def test_evaluate_catches_ten_images_copied_many_times(shipping, tmp_path):
     folder = pictures(tmp_path / "ten", ten.repeat(20, 1, 1, 1))
     said = evaluate(
         folder,
-        "--against",
-        "digits",
-        "--img-size",
-        16,
-        "--features",
-        "pixels",
+        *BY_PIXELS,
         "--out",
         tmp_path / "e.json",
     )
@@ -1280,12 +1273,7 @@ def test_evaluate_a_folder_of_another_size_without_classes(shipping, tmp_path):
     stored = pixels(12, size=8)
     said = evaluate(
         pictures(tmp_path / "small", stored),
-        "--against",
-        "digits",
-        "--img-size",
-        16,
-        "--features",
-        "pixels",
+        *BY_PIXELS,
         "--n",
         10,
         "--out",
@@ -1301,12 +1289,7 @@ def test_class_folders_of_other_names_are_named(shipping, tmp_path):
     folder = pictures(tmp_path / "words", pixels(20, size=16), ["seven", "three"] * 10)
     said = evaluate(
         folder,
-        "--against",
-        "digits",
-        "--img-size",
-        16,
-        "--features",
-        "pixels",
+        *BY_PIXELS,
         "--out",
         tmp_path / "e.json",
     )
@@ -1335,12 +1318,7 @@ def test_what_has_no_judge_is_said(shipping, tmp_path, monkeypatch):
     assert "no classifier ships for digits of 1x8x8 (one ships for 1x16x16: --img-size 16)" in said
     assert "no classifier ships" not in evaluate(
         folder,
-        "--against",
-        "digits",
-        "--img-size",
-        16,
-        "--features",
-        "pixels",
+        *BY_PIXELS,
         "--out",
         tmp_path / "e.json",
     )
@@ -1361,12 +1339,7 @@ def test_labels_go_with_their_images_where_a_folder_has_some_classes_and_images_
     )
     evaluate(
         folder,
-        "--against",
-        "digits",
-        "--img-size",
-        16,
-        "--features",
-        "pixels",
+        *BY_PIXELS,
         "--n",
         20,
         "--out",

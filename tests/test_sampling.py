@@ -435,31 +435,27 @@ def seeded():
     return torch.Generator().manual_seed(11)
 
 
+def same_steps(scheduler, n, step, *how, **theirs):
+    "Steps of theirs among n, first, in the middle and last, and ours between the same times."
+    x, eps = noisy_pair()
+    process, scheduler = DDPM(), double(scheduler)
+    scheduler.set_timesteps(n)
+    times = [*scheduler.timesteps.tolist(), -1]
+    for i in sorted({0, 1, n // 3, n // 2, n - 2, n - 1}):
+        want = scheduler.step(eps, times[i], x, generator=seeded(), **theirs)
+        t, s = batch(times[i] + 1), batch(times[i + 1] + 1)
+        got, x0 = step(says_eps(process, eps), process, x, t, s, *how, seeded())
+        assert (got - want.prev_sample).abs().max() < 1e-6
+        assert (x0 - want.pred_original_sample).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("ours, theirs", [("posterior", "fixed_small"), ("beta", "fixed_large")])
 @pytest.mark.parametrize("n", [1000, 50, 7])
 def test_ddpm_step_like_diffusers(ours, theirs, n):
     from diffusers import DDPMScheduler
 
-    x, eps = noisy_pair()
-    process, scheduler = DDPM(), double(
-        DDPMScheduler(1000, variance_type=theirs, clip_sample=False)
-    )
-    scheduler.set_timesteps(n)
-    times = [*scheduler.timesteps.tolist(), -1]
-    for i in sorted({0, 1, n // 3, n // 2, n - 2, n - 1}):
-        want = scheduler.step(eps, times[i], x, generator=seeded())
-        got, x0 = ancestral(
-            says_eps(process, eps),
-            process,
-            x,
-            batch(times[i] + 1),
-            batch(times[i + 1] + 1),
-            ours,
-            seeded(),
-        )
-        assert (got - want.prev_sample).abs().max() < 1e-6 and (
-            x0 - want.pred_original_sample
-        ).abs().max() < 1e-6
+    scheduler = DDPMScheduler(1000, variance_type=theirs, clip_sample=False)
+    same_steps(scheduler, n, ancestral, ours)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
@@ -467,24 +463,7 @@ def test_ddpm_step_like_diffusers(ours, theirs, n):
 def test_ddim_step_like_diffusers(eta, n):
     from diffusers import DDIMScheduler
 
-    x, eps = noisy_pair()
-    process, scheduler = DDPM(), double(DDIMScheduler(1000, clip_sample=False))
-    scheduler.set_timesteps(n)
-    times = [*scheduler.timesteps.tolist(), -1]
-    for i in sorted({0, 1, n // 3, n // 2, n - 2, n - 1}):
-        want = scheduler.step(eps, times[i], x, eta=eta, generator=seeded())
-        got, x0 = euler(
-            says_eps(process, eps),
-            process,
-            x,
-            batch(times[i] + 1),
-            batch(times[i + 1] + 1),
-            eta,
-            seeded(),
-        )
-        assert (got - want.prev_sample).abs().max() < 1e-6 and (
-            x0 - want.pred_original_sample
-        ).abs().max() < 1e-6
+    same_steps(DDIMScheduler(1000, clip_sample=False), n, euler, eta, eta=eta)
 
 
 def test_float32_steps_agree_with_untouched_diffusers_where_its_tables_allow():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import QUICK, same_weights, tiny_diffusion
+from common import QUICK, failing, same_weights, tiny_diffusion
 
 from ddpm_course import streams
 from ddpm_course.cond import Captions
@@ -109,25 +109,11 @@ def test_training_on_shards_is_training_on_the_images(shards):
     assert streamed.step == 12 and same_weights(streamed, listed)
 
 
-def interrupted(diff, at):
-    "Training stops after so many steps, as if the machine had failed."
-    real = diff.train_step
-
-    def step(*batch):
-        if diff.step == at:
-            diff.save_model()
-            raise ConnectionError
-        return real(*batch)
-
-    diff.train_step = step
-    return diff
-
-
 @pytest.mark.parametrize("kw", [dict(), dict(workers=2), dict(endless=True)])
 def test_going_on_in_the_middle_of_a_pass_is_exact(shards, tmp_path, kw):
     length = dict(total_steps=14, loggers=[], progress=False)
     whole = tiny_diffusion().fit(stream(shards, 10, **kw), **length, **QUICK)
-    diff = interrupted(tiny_diffusion(), at=9)
+    diff = failing(tiny_diffusion(), lambda diff: diff.step == 9, save=True)
     with pytest.raises(ConnectionError):
         diff.fit(stream(shards, 10, **kw), run=tmp_path / "r", **length, **QUICK)
     more = tiny_diffusion().fit(
