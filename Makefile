@@ -7,6 +7,8 @@ TIER ?= cpu
 ARGS ?=
 
 unexport PYTHONDONTWRITEBYTECODE
+# threads that wait sleep soon: README, "Samples without training"
+export GOMP_SPINCOUNT ?= 3000
 .DEFAULT_GOAL := help
 NAME ?= mnist
 .PHONY: help setup demo test lab export outputs weights bench site mutants clean distclean

@@ -10,6 +10,7 @@ __all__ = ['CONTEXT', 'GUIDANCE', 'SEED', 'WHERE', 'DEVICE', 'IMPORT', 'TRAIN', 
 import difflib
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -29,6 +30,9 @@ class Sentences(click.Group):
     "A group of commands whose errors and warnings are sentences, without a traceback."
 
     def invoke(self, ctx):
+        # where another program takes a core, threads that wait for each other should
+        # sleep, not spin; read once, when torch is imported
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
         import torch
         from ddpm_course.core import keep_memory
         from ddpm_course.dist import PeerLost, is_first, join, leave, one_voice, speaks

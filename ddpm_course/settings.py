@@ -80,11 +80,15 @@ class Budget:
         self.warmup, self.decay = warmup, decay
         self.last = 0  # steps done
         self.begin = self.length = None  # of the fall; None: not decided
+        self.top = 1.0  # share of the held rate from which it falls
+        self.fixed = False  # may the fall not be decided again?
         if steps is not None:
             self.length = max(round(decay * steps), 1)
             self.begin = steps - self.length
         self.used = 0.0  # seconds used before this object, by earlier parts of a run
+        self.paused = 0.0  # seconds of those used in which nothing was trained
         self.marks = []  # (seconds, step) of the last while
+        self.expect(0.0)
         self._set()
 
     @property
@@ -97,7 +101,7 @@ class Budget:
         if self.begin is None or step < self.begin:
             return rise
         left = 1 - (step - self.begin + 1) / (self.length + 1)
-        return rise * max(left, 0.0)
+        return rise * self.top * max(left, 0.0)
 
     def _set(self):
         for group in self.opt.param_groups:
@@ -110,39 +114,60 @@ class Budget:
     def get_last_lr(self):
         return [group["lr"] for group in self.opt.param_groups]
 
+    def expect(self, seconds: float):
+        "The end (a last validation, saving, pictures) takes so long on a machine as now."
+        self.reserve, self.reserve_pace = seconds, self.pace()
+
+    def pause(
+        self, seconds: float, more: float = 0.0  # that the end takes besides
+    ):
+        "Nothing was trained for so long; the end will take this long too."
+        self.paused += seconds
+        self.expect(seconds + more)
+
+    def pace(self) -> float:  # seconds a step in the last while; 0: not known yet
+        if not self.marks or self.marks[0][1] == self.marks[-1][1]:
+            return 0.0
+        (begin, first), (end, last) = self.marks[0], self.marks[-1]
+        return (end - begin) / (last - first)
+
     def fall(
-        self,
-        now: float,  # seconds used so far
-        # seconds that the end will take: a last validation, saving
-        reserve: float = 0.0,
-        paused: float = 0.0,  # seconds of those used in which nothing was trained
+        self, now: float  # seconds used so far
     ) -> int:  # steps that the fall should have, at least 1; 0: not yet
         "Should the rate begin to fall? By the speed of the last while."
-        trained = now - paused
+        trained = now - self.paused
         self.marks.append((trained, self.last))
         window = max(0.03 * self.seconds, 0.2)
         while len(self.marks) > 5 and self.marks[1][0] < trained - window:
             self.marks.pop(0)
-        if self.begin is not None or now < (1 - self.decay) * (self.seconds - reserve):
+        pace = self.pace()
+        self.reserve_pace = self.reserve_pace or pace
+        # a machine that has become slower is so at the end, too
+        slower = pace / self.reserve_pace if self.reserve_pace else 1.0
+        end = self.seconds - self.reserve * slower
+        left = max(end - now, 0.0) * trained / max(now, 1e-9)
+        steps = max(round(left / pace), 1) if pace else 1
+        if self.begin is None:
+            return steps if now >= (1 - self.decay) * end else 0
+        planned = self.total - self.last
+        if self.fixed or planned < 1:
             return 0
-        then, step = self.marks[0]
-        if self.last == step:
-            return 1
-        pace = (trained - then) / (self.last - step)
-        left = (self.seconds - reserve - now) * trained / max(now, 1e-9)
-        return max(round(left / max(pace, 1e-9)), 1)
+        # again only where the end would be missed by 3%
+        return steps if abs(planned - steps) * pace > 0.03 * self.seconds else 0
 
     def decide(self, length: int):
         "From here on the rate falls, in so many steps."
-        self.begin, self.length = self.last, length
+        top = self.factor(self.last - 1) if self.begin is not None else 1.0
+        self.begin, self.length, self.top = self.last, length, top
         self._set()
 
     def state_dict(self):
-        keys = ("last", "begin", "length", "used", "seconds", "warmup", "decay", "lr")
-        return {k: getattr(self, k) for k in keys}
+        keys = ("last", "begin", "length", "top", "used", "paused", "seconds")
+        return {k: getattr(self, k) for k in (*keys, "warmup", "decay", "lr")}
 
     def load_state_dict(self, state):
         vars(self).update(state)
+        self.fixed = self.begin is not None  # the same steps as without a break
         self.marks = []
         self._set()
 

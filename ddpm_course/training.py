@@ -106,6 +106,10 @@ class Trainer:
         return None if steps is None else self.settings.first_step + steps
 
     @property
+    def by_clock(self) -> bool:  # are there minutes, and as many steps as fit in?
+        return self.settings.minutes > 0 and not self.settings.total_steps
+
+    @property
     def done(self) -> bool:
         return self.total is not None and self.model.step >= self.total
 
@@ -638,8 +642,8 @@ class Watch:
         save = diff.run is not None and now - diff.run.saved > diff.save_every
         endless = diff.feed.length is None and now - self.reported > 60
         length = 0
-        if trainer.total is None:
-            length = trainer.sched.fall(diff.used(), diff.reserve, diff.paused)
+        if trainer.by_clock:
+            length = trainer.sched.fall(diff.used())
         going = not trainer.done
         show, save, report = now - self.shown > 1, save and going, endless and going
         return show, save, report, length, self.gap(now)
@@ -658,7 +662,7 @@ class Watch:
 
     def forward(self, **words):
         "The bar counts steps, or seconds where the clock decides."
-        by_clock = bool(self.diff.settings.minutes)
+        by_clock = self.diff.trainer.by_clock
         at = min(self.diff.used(), self.bar.total) if by_clock else self.diff.step
         self.bar.update(round(at - self.bar.n, 1) if by_clock else at - self.bar.n)
         step = dict(step=self.diff.step) if by_clock else {}
@@ -671,11 +675,12 @@ def loop(self: Diffusion, progress: bool):
     from tqdm.auto import tqdm
 
     trainer, minutes = self.trainer, self.settings.minutes
-    total, unit = (60 * minutes, "s") if minutes else (trainer.total, "step")
-    begin = self.used() if minutes else self.step
+    by_clock = trainer.by_clock
+    total, unit = (60 * minutes, "s") if by_clock else (trainer.total, "step")
+    begin = self.used() if by_clock else self.step
     bar = tqdm(
         total=total,
-        initial=round(begin, 1) if minutes else begin,
+        initial=round(begin, 1),
         unit=unit,
         disable=not (progress and is_first()),
         mininterval=1,
@@ -713,13 +718,15 @@ def report(self: Diffusion, mean: float):
     files = {"checkpoint": path} if path and last else None
     # short epochs: not a picture after each
     due = last or time.monotonic() - getattr(self, "pictured", -math.inf) > 30
-    images = self.log_images() if self.loggers and due else {}
-    if images:
-        self.pictured = time.monotonic()
+    images, drawing = {}, time.monotonic()
+    if self.loggers and due:
+        images, self.pictured = self.log_images(), time.monotonic()
+        self.drawn_in = self.pictured - drawing
     for log in self.loggers:
         log(self.step, logs, images, files)
-    self.reserve = time.monotonic() - begin
-    self.paused += self.reserve
+    if trainer.by_clock:
+        more = 0.0 if images else self.drawn_in
+        trainer.sched.pause(time.monotonic() - begin, more)
 
 
 @patch
@@ -762,7 +769,7 @@ def fit(
         )
     join()
     self.began, self.before = time.monotonic(), 0.0
-    self.reserve = self.paused = 0.0  # seconds of the last report, and of all
+    self.drawn_in = 0.0  # seconds of the last pictures
     self.run = None if run is None else Run(run)
     again = self.run is not None and self.run.holds()
     if again and not (resume or extend):
@@ -781,8 +788,8 @@ def fit(
         self.save_every = save_every
         if self.run is not None:
             self.open_run(event)
-        if not self.reserve and self.trainer.total is None:
-            self.reserve = self.last_report()
+        if self.trainer.by_clock:
+            self.trainer.sched.expect(self.last_report())
     own = loggers is None
     if own and is_first():
         config = self.config if run is not None else None

@@ -287,7 +287,7 @@ def test_minutes_are_kept_and_the_end_is_decided_once(tmp_path):
     assert diff.trainer.done and plan["begin"] > 0 and plan["begin"] + plan["length"] == diff.step
 
 
-@pytest.mark.parametrize("busy", [(0, 1 / 3), (2 / 3, 9)])
+@pytest.mark.parametrize("busy", [(0, 1 / 3), (2 / 3, 9), (0.85, 9)])
 def test_minutes_hold_although_the_machine_is_slower_for_a_third_of_the_time(busy):
     seconds, diff = 5.0, tiny_diffusion()
     real, start = diff.train_step, time.monotonic()
@@ -301,6 +301,49 @@ def test_minutes_hold_although_the_machine_is_slower_for_a_third_of_the_time(bus
     diff.fit(tiny_dls(), minutes=seconds / 60, progress=False, loggers=[], **QUICK)
     took = time.monotonic() - start
     assert abs(took / seconds - 1) < 0.1, f"{took:.2f} s, {seconds} were asked for"
+
+
+BUSY = """
+import time
+from ddpm_course.data import get_dls
+from ddpm_course.training import Diffusion
+
+dls = get_dls("digits", img_size=16, batch_size=32)
+diff = Diffusion(shape=dls.shape, num_classes=10, device="cpu")
+print("go", flush=True)
+start = time.monotonic()
+diff.fit(dls, minutes={} / 60, run={!r}, progress=False)
+print(time.monotonic() - start)
+"""
+
+
+@pytest.mark.parametrize("begin, end", [(0, 1 / 3), (2 / 3, 9)])
+def test_minutes_hold_while_other_programs_burn_every_core(begin, end, tmp_path):
+    seconds, burning = 9.0, []
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # two would wait for each other as well
+    code = BUSY.format(seconds, str(tmp_path / "r"))
+    training = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env
+    )
+    try:
+        assert training.stdout.readline() == "go\n"
+        start = time.monotonic()
+        while training.poll() is None:
+            now = begin <= (time.monotonic() - start) / seconds < end
+            if now and not burning:
+                burning = [
+                    subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                    for _ in range(os.cpu_count())
+                ]
+            for other in [] if now else burning:
+                other.kill()
+            time.sleep(0.05)
+        took = float(training.stdout.read())
+    finally:
+        for other in (training, *burning):
+            other.kill()
+            other.wait()
+    assert abs(took / seconds - 1) < 0.15, f"{took:.2f} s, {seconds} were asked for"
 
 
 def test_no_synchronisation_between_bar_refreshes(monkeypatch):
