@@ -267,7 +267,8 @@ class Model:
 
     def name_classes(self, names: list):
         "Give classes that are merely numbered their names."
-        if names and self.classes == [str(k) for k in range(self.num_classes)]:
+        numbers = [str(k) for k in range(self.num_classes)]
+        if names and numbers and self.classes == numbers:
             self.classes = names
 
     def sample_timesteps(self, n):  # (n,) times to train at

@@ -115,7 +115,7 @@ class Budget:
         return [group["lr"] for group in self.opt.param_groups]
 
     def expect(self, seconds: float):
-        "The end (a last validation, saving, pictures) takes so long on a machine as now."
+        "The end (validation, saving, pictures) takes so long, at the present pace."
         self.reserve, self.reserve_pace = seconds, self.pace()
 
     def pause(

@@ -26,16 +26,14 @@ from .core import choose
 from .data import chance, fit_image
 from .dist import rank, world
 from ddpm_course.files import (
-    SPLITS,
     check_count,
     decode,
     digest,
-    label_by_folder,
     read_image,
     report_bad,
     set_channels,
-    split_folders,
 )
+from .layouts import SPLITS, class_names, layout
 from .pictures import as_pil
 from .shapes import as_size
 
@@ -116,12 +114,12 @@ def folder_examples(
     seed: int = 0,
 ):  # iterator over (split or None, key, x, label or None); classes
     "The images of a folder, a few hundred of them at a time."
-    classes, files = None, []
-    splits = split_folders(folder).items()
-    for split, path in sorted(splits, key=lambda kv: kv[0] != "train"):
-        paths, labels, classes = label_by_folder(path, classes)
+    found, files = layout(folder), []
+    classes = class_names(found)
+    for split, part in found.items():
         given = None if split == "all" else split
-        files += [(given, p, y) for p, y in zip(paths, labels.tolist())]
+        labels = [classes.index(name) for name in part.names] or [0] * len(part.paths)
+        files += [(given, p, y) for p, y in zip(part.paths, labels)]
     root = Path(folder).expanduser()
     files.sort(key=lambda f: chance(f[1].relative_to(root).as_posix(), seed))
 

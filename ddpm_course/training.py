@@ -5,6 +5,7 @@ __all__ = ['TrainingDiverged', 'Trainer', 'share', 'schedule', 'use_layout', 'ch
            'length_of', 'Watch', 'load_pretrained']
 
 # %% ../nbs/08_training.ipynb #0e3ace03
+import contextlib
 import copy
 import dataclasses
 import math
@@ -768,39 +769,51 @@ def fit(
             "nothing to train on: fit needs data, such as get_dls('digits')"
         )
     join()
-    self.began, self.before = time.monotonic(), 0.0
-    self.drawn_in = 0.0  # seconds of the last pictures
     self.run = None if run is None else Run(run)
-    again = self.run is not None and self.run.holds()
-    if again and not (resume or extend):
-        raise ValueError(
-            f"{run} already holds a run: resume=True (--resume) goes on with it,"
-            " extend=True (--extend) makes it longer; or choose another folder"
-        )
-    if extend and not again:
-        raise ValueError(f"there is no run to extend in {run}")
-    with sentences():
-        if again:
-            event = self.go_on(dls, extend, epochs, minutes, settings, progress)
-        else:
-            event = self.begin(dls, init, epochs, minutes, settings, progress)
-        check_alike(steps_done=self.step)  # else they see different run folders
-        self.save_every = save_every
-        if self.run is not None:
-            self.open_run(event)
-        if self.trainer.by_clock:
-            self.trainer.sched.expect(self.last_report())
-    own = loggers is None
-    if own and is_first():
-        config = self.config if run is not None else None
-        loggers = default_loggers(run, config, wandb, self.step, self.space)
-    self.loggers = list(loggers) if is_first() else []
-    try:
-        self.loop(progress)
-    finally:
-        for log in self.loggers if own else ():
-            log.close()
+    with self.alone():
+        self.began, self.before = time.monotonic(), 0.0
+        self.drawn_in = 0.0  # seconds of the last pictures
+        again = self.run is not None and self.run.holds()
+        if again and not (resume or extend):
+            raise ValueError(
+                f"{run} already holds a run: resume=True (--resume) goes on with it,"
+                " extend=True (--extend) makes it longer; or choose another folder"
+            )
+        if extend and not again:
+            raise ValueError(f"there is no run to extend in {run}")
+        with sentences():
+            if again:
+                event = self.go_on(dls, extend, epochs, minutes, settings, progress)
+            else:
+                event = self.begin(dls, init, epochs, minutes, settings, progress)
+            check_alike(steps_done=self.step)  # else they see different run folders
+            self.save_every = save_every
+            if self.run is not None:
+                self.open_run(event)
+            if self.trainer.by_clock:
+                self.trainer.sched.expect(self.last_report())
+        own = loggers is None
+        if own and is_first():
+            config = self.config if run is not None else None
+            loggers = default_loggers(run, config, wandb, self.step, self.space)
+        self.loggers = list(loggers) if is_first() else []
+        try:
+            self.loop(progress)
+        finally:
+            for log in self.loggers if own else ():
+                log.close()
     return self
+
+
+@patch
+@contextlib.contextmanager
+def alone(self: Diffusion):
+    "The first process keeps others out of the run folder."
+    with contextlib.ExitStack() as stack:
+        with agreed():
+            if self.run is not None and is_first():
+                stack.enter_context(self.run.locked())
+        yield
 
 
 @patch

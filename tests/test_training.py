@@ -319,7 +319,7 @@ print(time.monotonic() - start)
 
 @pytest.mark.parametrize("begin, end", [(0, 1 / 3), (2 / 3, 9)])
 def test_minutes_hold_while_other_programs_burn_every_core(begin, end, tmp_path):
-    seconds, burning = 9.0, []
+    seconds, burning = 12.0, []
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # two would wait for each other as well
     code = BUSY.format(seconds, str(tmp_path / "r"))
     training = subprocess.Popen(
@@ -343,7 +343,7 @@ def test_minutes_hold_while_other_programs_burn_every_core(begin, end, tmp_path)
         for other in (training, *burning):
             other.kill()
             other.wait()
-    assert abs(took / seconds - 1) < 0.15, f"{took:.2f} s, {seconds} were asked for"
+    assert abs(took / seconds - 1) < 0.25, f"{took:.2f} s, {seconds} were asked for"
 
 
 def test_no_synchronisation_between_bar_refreshes(monkeypatch):

@@ -1,0 +1,302 @@
+"""Folders as people have them: every arrangement gives the right classes and splits, or a
+sentence."""
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from common import QUICK, tiny_diffusion, tiny_dls
+from PIL import Image
+
+from ddpm_course.data import get_dls, split_part
+from ddpm_course.files import Part
+from ddpm_course.shapes import draw_shapes
+from ddpm_course.training import Diffusion
+
+QUIET = dict(progress=False, loggers=[])
+
+
+def picture(i, size=16):
+    return Image.fromarray(draw_shapes(torch.tensor([i]), size)[0][0].permute(1, 2, 0).numpy())
+
+
+def fill(folder, counts):
+    "Pictures by folder, none twice."
+    start = 1000 * len(list(folder.rglob("*")))
+    for k, (name, n) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            picture(start + 1000 * k + i).save(folder / name / f"{i}.png")
+    return folder
+
+
+def sizes(dls):
+    return [len(b.labels) for b in (dls.train, dls.valid, dls.test)]
+
+
+def quietly(*args, **kw):
+    "The data, and what was said."
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        dls = get_dls(*args, **kw)
+    return dls, " | ".join(str(w.message) for w in said)
+
+
+# ---- layouts
+
+
+@pytest.mark.parametrize(
+    "names", [("training_set", "test_set"), ("Train", "VAL"), ("train", "dev")]
+)
+@pytest.mark.parametrize("inside", [True, False])
+def test_splits_are_known_at_either_level(tmp_path, names, inside):
+    for name, n in zip(names, (12, 5)):
+        for c in ("cats", "dogs"):
+            fill(tmp_path, {f"{c}/{name}" if inside else f"{name}/{c}": n})
+    dls, _ = quietly(tmp_path, 8)
+    held = dls.test if names[1] == "test_set" else dls.valid
+    assert dls.classes == ["cats", "dogs"] and len(held.labels) == 10
+    assert sum(sizes(dls)) == 34
+
+
+def test_a_class_that_looks_like_a_split_is_said(tmp_path):
+    dls, said = quietly(fill(tmp_path, {"cats": 5, "test": 5}), 8)
+    assert dls.classes == ["cats", "test"] and "test in" in said and "became a class" in said
+
+
+def heap(folder, n=12):
+    fill(folder, {"images": n})
+    return [(f"{i}.png", f"kind {i % 3}") for i in range(n)]
+
+
+LISTS = {
+    "labels.csv": lambda rows: "file,label\n" + "".join(f"{f},{y}\n" for f, y in rows),
+    "metadata.jsonl": lambda rows: "".join(
+        json.dumps(dict(file_name=f"images/{f}", label=y)) + "\n" for f, y in rows
+    ),
+    "classes.json": lambda rows: json.dumps(dict(rows)),
+    "train.tsv": lambda rows: "".join(f"{f}\t{y}\n" for f, y in rows),
+    "sheet.csv": lambda rows: "ID;Breed\n" + "".join(f"{f[:-4]};{y}\n" for f, y in rows),
+}
+
+
+@pytest.mark.parametrize("packed", ["", "zip", "gztar"])
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_of_labels_in_folders_and_archives(tmp_path, name, packed):
+    rows = heap(tmp_path / "data")
+    (tmp_path / "data" / name).write_text(LISTS[name](rows))
+    where = tmp_path / "data"
+    if packed:
+        where = shutil.make_archive(tmp_path / "packed", packed, tmp_path, "data")
+    dls, said = quietly(where, 8)
+    assert dls.classes == ["kind 0", "kind 1", "kind 2"] and sum(sizes(dls)) == 12
+    assert "passed over" not in said
+
+
+def test_a_list_says_what_it_could_not_use(tmp_path):
+    rows = [*heap(tmp_path), ("gone.png", "kind 0")]
+    (tmp_path / "labels.csv").write_text(LISTS["labels.csv"](rows))
+    dls, said = quietly(tmp_path, 8)
+    assert "1 of 13 rows" in said and sum(sizes(dls)) == 12
+
+
+def test_numbers_in_names_of_classes_sort_as_numbers(tmp_path):
+    dls, _ = quietly(fill(tmp_path, {str(i): 4 for i in range(12)}), 8)
+    assert dls.classes == [str(i) for i in range(12)]
+
+
+def test_what_is_no_image_is_counted_by_ending(tmp_path):
+    fill(tmp_path, {"a": 4})
+    for name in ("a/x.heic", "a/y.HEIC", "b.txt"):
+        (tmp_path / name).write_bytes(b"?")
+    _, said = quietly(tmp_path, 8)
+    assert "2 .heic, 1 .txt" in said
+
+
+@pytest.mark.parametrize(
+    "ending, kind", [(".jfif", "JPEG"), (".avif", "AVIF"), (".jp2", "JPEG2000")]
+)
+def test_whatever_pillow_opens_is_read(tmp_path, ending, kind):
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {kind}")
+    for i in range(4):
+        picture(i).save(tmp_path / f"{i}{ending}", kind)
+    dls, said = quietly(tmp_path, 8)
+    assert sum(sizes(dls)) == 4 and not said
+
+
+def test_files_of_several_pages_are_said(tmp_path):
+    first, *others = [picture(i) for i in range(3)]
+    first.save(tmp_path / "a.gif", save_all=True, append_images=others)
+    fill(tmp_path, {".": 3})
+    _, said = quietly(tmp_path, 8)
+    assert "1 files hold several pictures" in said and "the first is taken" in said
+
+
+# ---- splits of small classes
+
+
+def part_of(counts):
+    y = torch.tensor([c for c, n in enumerate(counts) for _ in range(n)])
+    names = [str(i) for i in range(len(y))]
+    keys = [f"key {i}" for i in names]
+    return Part(torch.zeros(len(y), 1, 2, 2, dtype=torch.uint8), y, names, keys, keys)
+
+
+@pytest.mark.parametrize("stable", [False, True])
+@pytest.mark.parametrize("counts", [[3] * 40, [6] * 40, [1] * 2500, [100] + [1] * 50, [2] * 100])
+def test_small_classes_keep_what_they_cannot_spare(counts, stable):
+    parts = split_part(part_of(counts), dict(valid=0.1, test=0.1), stable=stable)
+    n, share = sum(counts), {k: len(p.names) for k, p in parts.items()}
+    luck = 3 * (0.1 * n) ** 0.5 if stable else 0  # by hash, shares are only about right
+    assert share["valid"] <= 0.1 * n + luck and share["test"] <= 0.1 * n + luck
+    kept = parts["train"].labels.bincount(minlength=len(counts))
+    assert all(k >= max(1, 2 * n / 3) for k, n in zip(kept.tolist(), counts))
+    assert sum(share.values()) == n
+    if max(counts) < 3:
+        assert share["valid"] == share["test"] == 0
+
+
+def test_shares_are_options_and_nothing_means_nothing(tmp_path):
+    fill(tmp_path, {"a": 40, "b": 40})
+    dls = get_dls(tmp_path, 8, valid=0, test=0)
+    assert sizes(dls) == [80, 0, 0]
+    diff = Diffusion(shape=dls.shape, device="cpu").fit(dls, total_steps=1, **QUIET, **QUICK)
+    assert diff.step == 1
+    assert sizes(get_dls("digits", 8, valid=0.3, test=0.2))[0] == pytest.approx(0.5 * 1797, abs=8)
+    with pytest.raises(ValueError, match="nothing is left to train on"):
+        get_dls("digits", 8, valid=0.5, test=0.5)
+
+
+def test_balance_hands_out_every_class_equally_often(tmp_path):
+    dls = get_dls(fill(tmp_path, {"few": 10, "many": 90}), 8, balance=True)
+    seen = torch.cat([y for e in range(8) for _, y in dls.train.epoch(e)]).bincount()
+    assert 0.4 < seen[0] / seen.sum() < 0.6
+    a, b = ([y.tolist() for _, y in dls.train.epoch(3, k)] for k in (0, 1))
+    assert a[1:] == b  # and goes on in the middle as before
+
+
+# ---- ranges and transparency
+
+
+def icons(folder, n=30):
+    "White on nothing, each at another place."
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        im = Image.new("RGBA", (16, 16), (i, 0, 0, 0))
+        im.paste((255, 255, 255, 255), (i % 6, i // 6, 8 + i % 6, 8 + i // 6))
+        im.save(folder / f"{i}.png")
+    return folder
+
+
+def test_white_icons_are_not_lost_on_white_paper(tmp_path):
+    _, said = quietly(icons(tmp_path), 16)
+    assert "30 of 30 images are blank" in said and "'keep'" in said
+    for background in ("black", "#123456", "checker"):
+        dls, said = quietly(tmp_path, 16, background=background)
+        assert sum(sizes(dls)) == 30 and not said
+    with pytest.raises(ValueError, match="'checker', or 'keep'"):
+        get_dls(tmp_path, 16, background="transparent-ish")
+
+
+def test_transparency_is_kept_from_end_to_end(tmp_path):
+    dls, said = quietly(icons(tmp_path / "data"), 16, background="keep")
+    assert dls.shape == (4, 16, 16) and sum(sizes(dls)) == 30 and not said
+    diff = Diffusion(shape=dls.shape, device="cpu")
+    diff.fit(dls, total_steps=2, run=tmp_path / "r", progress=False, **QUICK)
+    images = Diffusion.load(tmp_path / "r", device="cpu").sample(n=2, n_steps=2)
+    assert images.shape == (2, 4, 16, 16)
+
+
+def test_numbers_of_twelve_bits_are_said_and_scaled(tmp_path):
+    for i in range(8):
+        Image.new("I;16", (8, 8), 200 * i).save(tmp_path / f"{i}.tif")
+        im = Image.open(tmp_path / f"{i}.tif").convert("I").point(lambda v: v)
+        im.putpixel((3, 3), 4095)
+        im.convert("I;16").save(tmp_path / f"{i}.tif")
+    _, said = quietly(tmp_path, 8)
+    assert "white=4095" in said
+    dls, said = quietly(tmp_path, 8, white=4095)
+    assert dls.train.images.max() == 255 and not said
+
+
+@pytest.mark.parametrize(
+    "scale, words",
+    [(lambda x: (x + 1) / 2, "from 0 to 1"), (lambda x: (x + 1) * 127.5, "from 0 to 255")],
+)
+def test_a_loader_in_another_range_is_said_at_the_door(scale, words):
+    x = torch.rand(8, 1, 8, 8) * 2 - 1
+    x[0, 0, 0, :2] = torch.tensor([-1.0, 1.0])
+    with pytest.warns(UserWarning, match=words):
+        tiny_diffusion().fit([(scale(x), torch.zeros(8).long())], total_steps=1, **QUIET, **QUICK)
+
+
+# ---- two runs in one folder
+
+
+HOLD = """
+import sys, time
+from ddpm_course.runs import Run
+
+with Run(sys.argv[1]).locked():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_folder_is_of_one_process_until_it_dies(tmp_path):
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path / "r"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        how = dict(total_steps=1, run=tmp_path / "r", **QUIET, **QUICK)
+        with pytest.raises(ValueError, match=rf"being trained by process {other.pid} on .*--run"):
+            tiny_diffusion().fit(tiny_dls(), **how)
+        assert not (tmp_path / "r/config.json").exists()
+    finally:
+        other.kill()
+        other.wait()
+    assert tiny_diffusion().fit(tiny_dls(), **how).step == 1  # nobody had to clean up
+    assert not (tmp_path / "r/.owner").exists()
+
+
+# ---- from the command line
+
+
+def command(*args):
+    from click.testing import CliRunner
+
+    from ddpm_course.cli import main
+
+    done = CliRunner().invoke(main, [str(a) for a in args])
+    return done.exit_code, done.output
+
+
+QUICKLY = ["--epochs", 0.05, "--precision", "float32", "--batch-size", 16, "--img-size", 8]
+
+
+def test_runs_without_a_name_do_not_collide(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/digits", "runs/digits-2"):
+        code, said = command("train", "--data", "digits", *QUICKLY)
+        assert code == 0 and name + " |" in said, said
+    code, said = command("train", "--data", "digits", "--resume", *QUICKLY)
+    assert code == 0 and "runs/digits-2 is done" in said, said
+
+
+def test_the_command_line_reads_folders_as_the_library_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    icons(tmp_path / "data/round"), icons(tmp_path / "data/square", 20)
+    archive = shutil.make_archive(tmp_path / "icons", "zip", tmp_path / "data")
+    how = ["--background", "keep", "--valid", 0, "--test", 0.1, "--flip", "--balance"]
+    code, said = command("train", "--data", archive, "--img-size", "8x16", *how, *QUICKLY[:-2])
+    assert code == 0, said
+    assert "4x8x16" in said and "classes: round: " in said and ", 0 to validate" in said
+    code, said = command("train", "--data", archive, "--img-size", "8by16", *QUICKLY[:-2])
+    assert code == 1 and "HEIGHTxWIDTH" in said
