@@ -1147,4 +1147,4 @@ def export(run, to, out, steps):
 # %% ../nbs/91_cli.ipynb #4c3237c1
 #| eval: false
 if __name__ == "__main__":
-    main()
+    main(prog_name="ddpm_course")

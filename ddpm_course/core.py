@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NO_FLOAT64', 'ROOMS', 'TIERS', 'MOVED', 'choose', 'bcast', 'set_seed', 'example_generators', 'drawn', 'randn', 'rand',
            'randint', 'finest', 'wide', 'tree', 'leaves', 'size_of', 'enter', 'find', 'build', 'patch',
-           'default_device', 'tier', 'by_tier', 'cache_folder', 'keep_memory', 'peak_memory', 'lesson_report']
+           'default_device', 'tier', 'by_tier', 'cache_folder', 'at_home', 'keep_memory', 'peak_memory',
+           'lesson_report']
 
 # %% ../nbs/92_core.ipynb #fd18c3cb
 import difflib
@@ -13,6 +14,7 @@ import functools
 import inspect
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -348,9 +350,15 @@ def by_tier(
 # %% ../nbs/92_core.ipynb #5b34f3b5
 def cache_folder() -> Path:  # $XDG_CACHE_HOME/ddpm_course, else ~/.cache/ddpm_course
     "Where things that can be made again are kept."
-    return Path(
-        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ddpm_course"
-    ).expanduser()
+    return at_home(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ddpm_course"))
+
+
+def at_home(path: Path) -> Path:
+    "With ~ as the home folder; of a user without one, a folder for temporary files."
+    try:
+        return path.expanduser()
+    except RuntimeError:  # in a container: a number without a name
+        return Path(tempfile.gettempdir(), *path.parts[1:])
 
 # %% ../nbs/92_core.ipynb #e7f86ef0
 # whether the C library understood (Linux with glibc); elsewhere nothing changes

@@ -22,7 +22,7 @@ from typing import Any, Callable
 import torch
 
 from .checkpoint import CheckpointError, read_json, write_json
-from .core import choose
+from .core import at_home, choose
 
 KINDS = dict(
     code="code to complete",
@@ -264,7 +264,7 @@ def progress_file() -> Path:  # $DDPM_COURSE_PROGRESS, else in the user's data f
     "Where right answers are noted down."
     data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     usual = Path(data, "ddpm_course", "progress.json")
-    return Path(os.environ.get("DDPM_COURSE_PROGRESS") or usual).expanduser()
+    return at_home(Path(os.environ.get("DDPM_COURSE_PROGRESS") or usual))
 
 
 def done() -> dict:  # key -> day of the first right answer

@@ -502,6 +502,12 @@ def check_options(
     if not is_path(name_or_path):
         names = dict.fromkeys(NAMES)
         choose(name_or_path, names, "data set (and no folder of that name)")
+        if os.path.isdir(name_or_path):
+            warnings.warn(
+                f"{name_or_path!r} is the data set of that name, not the folder: write"
+                f" ./{name_or_path} for the folder",
+                stacklevel=3,
+            )
     as_size(img_size)
     check_count(batch_size, "batch_size")
     choose(fit, dict.fromkeys(("pad", "crop")), "fit")

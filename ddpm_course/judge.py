@@ -5,6 +5,7 @@ __all__ = ['FULL', 'Classifier', 'shift', 'train_classifier', 'predict', 'label_
            'test_accuracy', 'classifier_for']
 
 # %% ../nbs/08b_judge.ipynb #8e7c3ec9
+import contextlib
 import hashlib
 from pathlib import Path
 
@@ -204,6 +205,7 @@ def classifier_for(
         net.load_state_dict(load(path.read_bytes()))
     except Exception:  # not there yet, or damaged: train
         net = train_classifier(dls, epochs, device=device)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, save(net.state_dict()))
+        with contextlib.suppress(OSError):  # no place to keep it: trained again
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, save(net.state_dict()))
     return net

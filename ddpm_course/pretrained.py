@@ -128,7 +128,10 @@ def kept(
     "Keep what was trained; where training was skipped, take what was kept or ships."
     shelf = Path(folder or cache_folder() / "kept" / tier())
     if diff.step:
-        write_pretrained(name, diff.ema_model.state_dict(), diff.config, shelf)
+        try:
+            write_pretrained(name, diff.ema_model.state_dict(), diff.config, shelf)
+        except OSError as e:
+            print(f"the weights could not be kept in {shelf} ({e.strerror})")
         return diff
     ships = weights_folder()
     for place, title in ((shelf, name), (ships / "lessons", name), (ships, instead)):

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import math
 import time
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -423,6 +424,15 @@ def look_at(self: Diffusion, dls):
     K, known = self.num_classes, getattr(dls, "num_classes", None)
     if K and known not in (None, K):
         raise ValueError(f"the model has {K} classes, the data {known}")
+    names = list(getattr(dls, "classes", None) or ())
+    numbers = [str(k) for k in range(K)]
+    if K and names not in ([], numbers) and self.classes not in (names, numbers):
+        warnings.warn(
+            f"the model's classes were {', '.join(self.classes[:6])}, and are those of"
+            f" the data now: {', '.join(names[:6])}",
+            stacklevel=3,
+        )
+        self.classes = names
     self.dls = dls
     self.feed = Feed(train, self.space, self.cond)
     check_batch(*self.feed.first(), self.space, self.cond)

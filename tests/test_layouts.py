@@ -5,7 +5,9 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -300,3 +302,86 @@ def test_the_command_line_reads_folders_as_the_library_does(tmp_path, monkeypatc
     assert "4x8x16" in said and "classes: round: " in said and ", 0 to validate" in said
     code, said = command("train", "--data", archive, "--img-size", "8by16", *QUICKLY[:-2])
     assert code == 1 and "HEIGHTxWIDTH" in said
+
+
+# ---- whoever has no home
+
+
+@pytest.mark.parametrize("home", ["/proc/none", None])
+def test_without_a_home_folder_all_goes_on(home, tmp_path, monkeypatch):
+    from ddpm_course import exercises
+    from ddpm_course.judge import classifier_for
+    from ddpm_course.pretrained import kept
+
+    for name in ("XDG_CACHE_HOME", "XDG_DATA_HOME", "DDPM_COURSE_PROGRESS", "DDPM_COURSE_DATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if home is None:
+        monkeypatch.setattr(Path, "expanduser", without_home)
+    assert "exercises done" in str(exercises.progress())
+    exercises._note("00.1") if home is None else None
+    dls = get_dls("digits", 8, sizes=(32, 8, 8))
+    assert classifier_for(dls, epochs=1, device="cpu")
+    diff = tiny_diffusion().fit(tiny_dls(), total_steps=1, **QUIET, **QUICK)
+    assert kept(diff, "x") is diff
+
+
+def without_home(path):
+    if path.parts[:1] == ("~",):
+        raise RuntimeError("Could not determine home directory.")
+    return path
+
+
+def test_the_package_can_be_run():
+    done = subprocess.run(
+        [sys.executable, "-m", "ddpm_course", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "Usage: ddpm_course " in done.stdout
+
+
+# ---- names and choices
+
+
+def named(folder, names):
+    for k, name in enumerate(names):
+        fill(folder, {name: 6})
+    return get_dls(folder, 8, batch_size=4)
+
+
+def test_a_model_that_is_tuned_takes_the_names_of_the_new_classes(tmp_path):
+    first = named(tmp_path / "a", ["cat", "dog"])
+    old = Diffusion(shape=first.shape, num_classes=2, classes=first.classes, device="cpu")
+    old.fit(first, total_steps=1, run=tmp_path / "r", progress=False, **QUICK)
+    diff, dls = Diffusion.load(tmp_path / "r", device="cpu"), named(tmp_path / "b", ["ant", "cat"])
+    with pytest.warns(UserWarning, match="were cat, dog, and are those of the data now: ant, cat"):
+        diff.fit(dls, total_steps=1, **QUIET, **QUICK)
+    assert diff.classes == ["ant", "cat"]
+    new = Diffusion(shape=dls.shape, num_classes=2, classes=dls.classes, device="cpu")
+    before = new.model.net.label_emb.weight.clone()
+    new.start_from(tmp_path / "r")  # cat has moved, ant is new
+    after, theirs = new.model.net.label_emb.weight, old.ema_model.net.label_emb.weight
+    assert torch.equal(after[1], theirs[0]) and torch.equal(after[0], before[0])
+
+
+def test_a_folder_called_like_a_data_set_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path / "digits", {"a": 4})
+    dls, said = quietly("digits", 8)
+    assert dls.num_classes == 10 and "write ./digits for the folder" in said
+    assert get_dls("./digits", 8).classes == ["a"]
+
+
+def test_guidance_of_a_model_that_was_never_told_nothing():
+    diff = Diffusion(shape=(1, 8, 8), num_classes=2, p_uncond=0.0, device="cpu")
+    with pytest.warns(UserWarning, match="p_uncond=0"):
+        diff.sample([0], cfg_scale=2.0, n_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        diff.sample([0], n_steps=1)
+
+
+@pytest.mark.parametrize("name, ours", [("guidance", "cfg_scale"), ("num_inference_steps", "n_steps")])
+def test_names_of_other_libraries_are_answered_with_ours(name, ours):
+    with pytest.raises(TypeError, match=f"{name!r}: it is called {ours}"):
+        tiny_diffusion().sample(n=1, **{name: 2})
