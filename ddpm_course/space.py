@@ -24,10 +24,10 @@ class Space:
         shape: tuple,  # of one example
         bounds=(-1.0, 1.0),  # lowest and highest value; None: any
     ):  # ValueError for an empty shape, bounds in the wrong order
-        if not shape or min(shape) < 1:
+        if not isinstance(shape, (tuple, list)) or not shape or min(shape) < 1:
             raise ValueError(
                 "shape is (channels, height, width) of one image, or (numbers,) of a"
-                f" point, not {tuple(shape)}"
+                f" point, not {shape}"
             )
         if bounds is not None and not (len(bounds) == 2 and bounds[0] < bounds[1]):
             raise ValueError(f"bounds are (lowest, highest) or None, not {bounds}")
@@ -266,5 +266,6 @@ def make_space(
         return what
     if isinstance(what, dict):
         return build("space", **what)
+    what = what if hasattr(what, "__len__") else [what]
     name = USUAL.get(len(what), "anything")
     return build("space", name, shape=tuple(what), bounds=bounds)

@@ -92,6 +92,7 @@ class Trainer:
         self.history = []
         # the first step with a bad number, or -1; read by check_finite only
         self.diverged = torch.full((), -1, device=model.device)
+        self.spoilt = torch.zeros((), dtype=torch.bool, device=model.device)  # the data
         wide = torch.float32 if kind == "mps" else torch.float64
         self.loss_sum = torch.zeros((), dtype=wide, device=model.device)
 
@@ -176,6 +177,8 @@ def train_step(
             losses = self.denoiser.loss(x, cond, eps=eps, generator=model.generator)
         self.scaler.scale(weight * losses.mean() / pieces).backward()
     losses = losses.detach() if weight else losses.detach()[:0]
+    if x.is_floating_point():
+        self.spoilt |= ~x.isfinite().all()
     self.flag_unless(losses.isfinite().all())
     self.batch, self.pending = self.batch + 1, (self.pending + 1) % pieces
     if last:
@@ -216,6 +219,11 @@ def check_finite(self: Trainer):
     "The only place that waits for the device; TrainingDiverged."
     if (step := int(summed(self.diverged.clone(), largest=True))) >= 0:
         rate = self.sched.get_last_lr()[0]
+        if self.spoilt:
+            raise TrainingDiverged(
+                f"the data of step {step} hold numbers that are NaN or infinite; the"
+                " last checkpoint is from before"
+            )
         raise TrainingDiverged(
             f"the loss or its gradient became NaN or infinite at step {step} (learning"
             f" rate {rate:.2g}); lower lr, or use precision='float32'; the last"

@@ -16,8 +16,9 @@ from PIL import Image
 
 from ddpm_course.data import get_dls, split_part
 from ddpm_course.files import Part
+from ddpm_course.model import our_name
 from ddpm_course.shapes import draw_shapes
-from ddpm_course.training import Diffusion
+from ddpm_course.training import Diffusion, TrainingDiverged
 
 QUIET = dict(progress=False, loggers=[])
 
@@ -381,7 +382,60 @@ def test_guidance_of_a_model_that_was_never_told_nothing():
         diff.sample([0], n_steps=1)
 
 
-@pytest.mark.parametrize("name, ours", [("guidance", "cfg_scale"), ("num_inference_steps", "n_steps")])
+@pytest.mark.parametrize(
+    "name, ours", [("guidance", "cfg_scale"), ("num_inference_steps", "n_steps")]
+)
 def test_names_of_other_libraries_are_answered_with_ours(name, ours):
     with pytest.raises(TypeError, match=f"{name!r}: it is called {ours}"):
         tiny_diffusion().sample(n=1, **{name: 2})
+
+
+# ---- what people pass
+
+
+def test_arrays_and_lists_are_taken_for_tensors():
+    diff, start = tiny_diffusion(), torch.randn(2, 1, 8, 8)
+    how = dict(seed=0, bounds=[-1, 1])
+    want = diff.sample(start=start, ts=torch.tensor([90.0, 40.0, 0.0]), **how)
+    assert torch.equal(diff.sample(start=start.numpy(), ts=[90.0, 40.0, 0.0], **how), want)
+    ts = torch.tensor([90, 40, 0]).numpy()
+    assert torch.equal(diff.sample(start=start.tolist(), ts=ts, **how), want)
+    assert Diffusion(shape=8, device="cpu").shape == (8,)
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(n="3"), dict(seed="a"), dict(n_steps=1.5), dict(bounds=[1, -1])]
+)
+def test_what_makes_no_sense_is_said(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}.*(whole number|lowest, highest)"):
+        tiny_diffusion().sample(**dict(n=1, n_steps=1) | wrong)
+
+
+def test_spoilt_data_are_not_blamed_on_the_learning_rate():
+    x = torch.rand(4, 1, 8, 8) * 2 - 1
+    bad = x.clone()
+    bad[2, 0, 3, 3] = float("nan")
+    with pytest.raises(TrainingDiverged, match="the data of step 1 hold numbers that are NaN"):
+        tiny_diffusion(num_classes=0).fit([x, bad], epochs=1, **QUIET, **QUICK)
+
+
+@pytest.mark.parametrize(
+    "theirs, ours",
+    [
+        ("DDIM", "euler"),
+        ("ddpm", "ancestral"),
+        ("DPM++ 2M", "dpmpp_2m"),
+        ("dpm++ 2m sde", "dpmpp_2m_sde"),
+        ("DPMSolverMultistepScheduler", "dpmpp_2m"),
+        ("EulerAncestralDiscreteScheduler", "ancestral"),
+        ("euler_a", "ancestral"),
+        ("UniPC", "unipc"),
+        ("Heun", "heun"),
+        ("whatever", "whatever"),
+    ],
+)
+def test_samplers_have_the_names_of_the_field(theirs, ours):
+    assert our_name(theirs) == ours
+    if ours != "whatever":
+        a, b = (tiny_diffusion().sample(n=1, n_steps=3, step=s, seed=0) for s in (theirs, ours))
+        assert torch.equal(a, b)
