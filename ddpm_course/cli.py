@@ -519,7 +519,7 @@ def train(data, root, img_size, batch_size, run, config=None, imports=(), **opti
     diff.fit(dls, o.epochs, o.minutes, run=run, wandb=o.wandb, **again, **how)
     if not is_first():
         return
-    labels = [k for k in range(dls.num_classes) for _ in range(8)] or None
+    labels = [k for k in diff.cond.preview() for _ in range(8)] or None
     n, scale = (None, 2.0) if labels else (64, 1.0)
     x = diff.sample(labels, n=n, cfg_scale=scale, n_steps=25, seed=o.seed)
     path = run / write_samples(run, "samples", x, diff.space)[0]
@@ -607,7 +607,12 @@ def _count(part):  # examples of a split, where somebody knows
     "--clip/--no-clip", default=True, help="Keep samples within their bounds."
 )
 @click.option(
-    "--out", type=click.Path(), help="File to write [default: samples.* in the run]."
+    "--out",
+    type=click.Path(),
+    help=(
+        "File to write [default: samples.* in the run]; or a folder, such as out/, for"
+        " a file per sample and a manifest."
+    ),
 )
 @click.option(
     "--seed", default=0, type=SEED, help="The same seed gives the same images."
@@ -635,7 +640,8 @@ def sample(run, label, prompt, n, guidance, sampler, settings, out, imports, **o
     diff = Diffusion.load(run, o.device)
     step = check_step(make_process(**diff.process.config), sampler, **settings)
     what = _wanted(diff, run, label, prompt)
-    path = _file(diff, out, run)
+    folder = bool(out) and (str(out).endswith(("/", os.sep)) or Path(out).is_dir())
+    path = _out(Path(out, "manifest.json"), "", "") if folder else _file(diff, out, run)
     start = time.perf_counter()
     x = diff.sample(
         [k for k in what for _ in range(n)] or None,
@@ -648,7 +654,12 @@ def sample(run, label, prompt, n, guidance, sampler, settings, out, imports, **o
         precision=o.precision,
         clip=o.clip,
     )
-    written = _write(diff.space, x, path, n if what else min(n, 16))
+    if folder:
+        made = dict(run=str(run), seed=o.seed, steps=o.steps, sampler=sampler)
+        made |= dict(settings=settings, guidance=guidance if what else 1.0)
+        written = _write_each(diff, x, [k for k in what for _ in range(n)], made, path)
+    else:
+        written = _write(diff.space, x, path, n if what else min(n, 16))
     click.echo(f"{len(x)} images, {time.perf_counter() - start:.1f} s: {written}")
 
 
@@ -673,6 +684,23 @@ def _file(diff, out, run) -> Path:  # a kind of file that the samples can be sho
     if out and Path(out).suffix.lower() not in kinds + more:
         raise ValueError(f"--out {out} ends in none of {', '.join(kinds + more)}")
     return _out(out, run, f"samples{kinds[0]}")
+
+
+def _write_each(diff, x, what, made: dict, path) -> Path:
+    "A file for each sample, and what they are; the folder."
+    from ddpm_course import __version__
+    from ddpm_course.checkpoint import write_json
+
+    rows = []
+    for i, one in enumerate(x):
+        ending, data = diff.space.file(one)
+        name = f"{i:05}{ending}"
+        Path(path.parent, name).write_bytes(data)
+        asked = what[i] if what else None
+        label = diff.classes[asked] if isinstance(asked, int) else asked
+        rows.append(dict(file=name, label=label))
+    write_json(path, dict(version=__version__, **made, samples=rows))
+    return path.parent
 
 
 def _write(space, x, path, cols) -> Path:

@@ -62,6 +62,10 @@ class Space:
 
         return {".safetensors": save({"x": x.detach().cpu().contiguous()})}
 
+    def file(self, x: Tensor) -> tuple:  # ending, bytes
+        "One example by itself, as its user would keep it."
+        return next(iter(self.show(x[None], cols=1).items()))
+
 
 @enter("space", "anything")
 class Anything(Space):
@@ -78,6 +82,11 @@ class Images(Space):
     def show(self, x, cols=8):
         u8 = self.from_x(x.detach().cpu())
         return {".png": png_bytes(grid(seen(u8), cols * channels_shown(u8)), scale=2)}
+
+    def file(self, x):  # without a frame, and with its transparency
+        if len(x) not in (1, 3, 4):
+            return super().file(x)
+        return ".png", png_bytes(self.from_x(x.detach().cpu()))
 
 
 def channels_shown(u8: Tensor) -> int:  # pictures that one example takes

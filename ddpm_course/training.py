@@ -710,7 +710,7 @@ def loop(self: Diffusion, progress: bool):
             mean = self.one_epoch(on_batch=watch)
             trainer.check_finite()
             watch.forward()
-            if trainer.batch == 0 or trainer.done:
+            if trainer.done or trainer.batch == 0 and self.report_due(watch.reported):
                 self.report(mean)
                 watch.reported = time.monotonic()
             wish = [int(watch.stop or asked.is_set())]
@@ -721,6 +721,18 @@ def loop(self: Diffusion, progress: bool):
             kept = f", saved to {self.run.folder}" if self.run else ""
             end = trainer.total or f"as many as fit into {minutes:g} minutes"
             raise KeyboardInterrupt(f"stopped at step {self.step} of {end}{kept}")
+
+
+@patch
+def report_due(self: Diffusion, reported: float) -> bool:  # at the end of a pass
+    "A hundred reports at most, however short the passes."
+    trainer, settings = self.trainer, self.settings
+    if trainer.by_clock:
+        due = time.monotonic() - reported > 0.01 * 60 * settings.minutes
+        return bool(told([int(due)], self.device)[0])
+    first = settings.first_step
+    last = trainer.history[-1]["step"] if trainer.history else first
+    return self.step - last >= 0.01 * (trainer.total - first)
 
 
 @patch
@@ -751,7 +763,8 @@ def report(self: Diffusion, mean: float):
 @patch
 def log_images(self: Diffusion) -> dict:
     "Samples of what the condition previews, from the raw and the averaged weights."
-    what, steps = self.cond.preview() or None, 20
+    self.page = getattr(self, "page", -1) + 1
+    what, steps = self.cond.preview(self.page) or None, 20
     if self.process.t_max > 1:
         steps = min(steps, int(self.process.t_max))
     more = dict(n=None if what else 8, cfg_scale=2.0 if what else 1.0)

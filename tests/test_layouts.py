@@ -439,3 +439,42 @@ def test_samplers_have_the_names_of_the_field(theirs, ours):
     if ours != "whatever":
         a, b = (tiny_diffusion().sample(n=1, n_steps=3, step=s, seed=0) for s in (theirs, ours))
         assert torch.equal(a, b)
+
+
+# ---- many classes, few images
+
+
+def test_pictures_of_a_training_show_a_page_of_the_classes(tmp_path):
+    x, y = torch.rand(50, 1, 8, 8) * 2 - 1, torch.arange(50)
+    diff, shown = Diffusion(shape=(1, 8, 8), num_classes=50, device="cpu"), []
+    log = lambda step, scalars, images, files: shown.append(len(images["ema"]))  # noqa: E731
+    diff.fit([(x, y)], total_steps=1, loggers=[log], progress=False, **QUICK)
+    assert shown == [20]
+
+
+def test_passes_of_one_batch_are_not_reported_one_by_one():
+    x = torch.rand(4, 1, 8, 8) * 2 - 1
+    diff = tiny_diffusion(num_classes=0).fit([x], total_steps=500, **QUIET, **QUICK)
+    assert 90 <= len(diff.history) <= 100 and diff.history[-1]["step"] == 500
+    few = tiny_diffusion(num_classes=0).fit([x], total_steps=5, **QUIET, **QUICK)
+    assert len(few.history) == 5
+
+
+def test_samples_go_one_by_one_into_a_folder_with_a_manifest(tmp_path):
+    x = torch.rand(6, 4, 8, 8) * 2 - 1
+    diff = Diffusion(shape=(4, 8, 8), num_classes=2, classes=["cat", "dog"], device="cpu")
+    y = torch.tensor([0, 1] * 3)
+    diff.fit([(x, y)], total_steps=1, run=tmp_path / "r", progress=False, **QUICK)
+    out = f"{tmp_path / 'out'}/"
+    code, said = command(
+        "sample", "--run", tmp_path / "r", "--n", 2, "--steps", 2, "--seed", 5, "--out", out
+    )
+    assert code == 0, said
+    made = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert [s["label"] for s in made["samples"]] == ["cat", "cat", "dog", "dog"]
+    assert made["seed"] == 5 and made["steps"] == 2 and made["version"]
+    images = [Image.open(tmp_path / "out" / s["file"]) for s in made["samples"]]
+    assert all(im.size == (8, 8) and im.mode == "RGBA" for im in images)  # no frame
+    want = diff.sample([0, 0, 1, 1], cfg_scale=2.0, n_steps=2, seed=5)
+    pixels = torch.tensor(bytearray(images[3].tobytes())).view(8, 8, 4).permute(2, 0, 1)
+    assert torch.equal(pixels, diff.space.from_x(want)[3])
