@@ -232,6 +232,8 @@ def check_step(process, name: str, **settings):  # the rule; process is on the C
 class Model:
     "A denoiser, the average of its weights, what may be asked for, and what comes out."
 
+    loaded = False  # were the weights trained before?
+
     def __init__(
         self,
         net: nn.Module | None = None,  # (x, clock, cond) -> prediction; None: the usual
@@ -676,7 +678,7 @@ def read_model(
         raise CheckpointError(f"{folder / 'config.json'} is damaged: {e}") from None
     load_weights(self.model, path, "model")
     load_weights(self.ema_model, path, "ema")
-    self.step = int(path.name.split("-")[1])
+    self.step, self.loaded = int(path.name.split("-")[1]), True
     return self
 
 

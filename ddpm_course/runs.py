@@ -121,18 +121,20 @@ class Run:
         data: dict,  # name, number of batches, batch size
         size: int,  # bytes of the weights
         event: dict,  # how the training begins: event, step, and more
+        command: dict | None = None,  # options of the command line
     ):
         "What can go wrong with the folder goes wrong here, before training."
         check_writable(self.folder, 4 * size)
         path = self.folder / "config.json"
-        past = (
-            read_json(path).get("history", [])
-            if path.exists() and event["step"]
-            else []
-        )
+        past = read_json(path) if path.exists() and event["step"] else {}
         described = dict(model=model, training=settings, data=data)
-        facts = dict(format=1, version=__version__, **described, history=[*past, event])
-        write_json(path, facts)
+        command = past.get("command") if command is None else command
+        if command is not None:
+            described["command"] = command
+        history = [*past.get("history", []), event]
+        write_json(
+            path, dict(format=1, version=__version__, **described, history=history)
+        )
 
     def check_same(self, model: dict, data: dict):
         "Is it this model, and are these the data? CheckpointError, ValueError."

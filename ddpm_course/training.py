@@ -405,6 +405,7 @@ class Diffusion(Model):
     "A diffusion model: train it with fit, keep it in a run folder, load it, sample."
 
     trainer = run = None  # made by prepare, and by fit
+    command = None  # options of the command line, kept in the run folder
 
     @property
     def settings(self) -> Settings:
@@ -434,7 +435,7 @@ def look_at(self: Diffusion, dls):
         raise ValueError(f"the model has {K} classes, the data {known}")
     names = list(getattr(dls, "classes", None) or ())
     numbers = [str(k) for k in range(K)]
-    if K and names not in ([], numbers) and self.classes not in (names, numbers):
+    if K and self.loaded and names not in (self.classes, [], numbers):
         warnings.warn(
             f"the model's classes were {', '.join(self.classes[:6])}, and are those of"
             f" the data now: {', '.join(names[:6])}",
@@ -572,7 +573,9 @@ def open_run(self: Diffusion, event: dict):
     with agreed():
         if not is_first():
             return
-        self.run.open(self.config, settings, self.data_config(), size, event)
+        self.run.open(
+            self.config, settings, self.data_config(), size, event, self.command
+        )
 
 
 @patch
@@ -921,4 +924,5 @@ def load_pretrained(
     diff = Diffusion.from_config(entry["config"], device)
     for model in (diff.model, diff.ema_model):
         fit_weights(model, weights, f"the pretrained model {name!r}")
+    diff.loaded = True
     return diff

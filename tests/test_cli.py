@@ -232,7 +232,10 @@ def test_trained_for_real_resumed_and_told(process, monkeypatch, tmp_path):
         and (tmp_path / "r/samples.png").exists()
     )
     assert "already holds a run" in run(*args, code=1) and "step 4 of 4" in run(*args, "--resume")
-    assert "describes another model" in run(*args, "--resume", "--predict", "x0", code=1)
+    said = run(*args, "--resume", "--predict", "x0", code=1)
+    assert "was started with --predict None, and x0 is asked for now" in said
+    little = run("train", "--run", tmp_path / "r", "--resume")  # nothing need be repeated
+    assert f"{process}, predicts" in little and "step 4 of 4" in little
     described = run("info", tmp_path / "r")
     assert (
         json.loads(described[: described.rindex("\n}") + 2])["model"]["param"]["name"]

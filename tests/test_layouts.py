@@ -478,3 +478,18 @@ def test_samples_go_one_by_one_into_a_folder_with_a_manifest(tmp_path):
     want = diff.sample([0, 0, 1, 1], cfg_scale=2.0, n_steps=2, seed=5)
     pixels = torch.tensor(bytearray(images[3].tobytes())).view(8, 8, 4).permute(2, 0, 1)
     assert torch.equal(pixels, diff.space.from_x(want)[3])
+
+
+def test_runs_are_listed_with_their_numbers(tmp_path):
+    for name in ("a", "b"):
+        tiny_diffusion().fit(tiny_dls(), epochs=1, run=tmp_path / name, progress=False, **QUICK)
+    (tmp_path / "b/evaluation.json").write_text('{"numbers": {"fid": 1.25}}')
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/config.json").write_text("{")
+    code, said = command("runs", tmp_path)
+    lines = {line.split()[0].rsplit("/", 1)[-1]: line for line in said.splitlines()[1:]}
+    assert code == 0 and set(lines) == {"a", "b", "c"}
+    assert " ddpm " in lines["a"] and " 4 " in lines["a"] and lines["b"].endswith("1.25")
+    assert "damaged" in lines["c"]
+    code, said = command("runs", tmp_path / "none")
+    assert code == 1 and "there is no run" in said
