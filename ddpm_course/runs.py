@@ -52,7 +52,7 @@ def _numbered(folder: Path, number: int) -> Path:
 
 def _owner(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError:
         return "another process"
 
@@ -90,7 +90,8 @@ class Run:
             return
         try:
             with contextlib.suppress(OSError):
-                owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+                who = f"process {os.getpid()} on {socket.gethostname()}"
+                owner.write_text(who, encoding="utf-8")
             yield
         finally:
             with contextlib.suppress(OSError):

@@ -217,9 +217,11 @@ def flag_unless(self: Trainer, fine: Tensor):
 @patch
 def check_finite(self: Trainer):
     "The only place that waits for the device; TrainingDiverged."
-    if (step := int(summed(self.diverged.clone(), largest=True))) >= 0:
+    marks = torch.stack([self.diverged, self.spoilt.to(self.diverged.dtype)])
+    step, spoilt = map(int, summed(marks, largest=True).tolist())  # of all processes
+    if step >= 0:
         rate = self.sched.get_last_lr()[0]
-        if self.spoilt:
+        if spoilt:
             raise TrainingDiverged(
                 f"the data of step {step} hold numbers that are NaN or infinite; the"
                 " last checkpoint is from before"

@@ -434,7 +434,7 @@ def test_a_sharded_run_loads_anywhere_and_goes_on_unsharded(two):
 
 def test_what_goes_wrong_in_one_is_noticed_by_all(two):
     for found in (f["mishaps"] for f in two[1]):
-        assert "NaN or infinite at step 1" in found["nan"]
+        assert "data of step 1 hold numbers that are NaN or infinite" in found["nan"]
         assert "read different batches" in found["shuffled"] and "Loader(" in found["shuffled"]
         assert "weights outside of .net" in found["outside"] and "(scale)" in found["outside"]
         assert "numbers of batches differ: 2 in process 1, 3 in process 0" in found["lengths"]
