@@ -218,18 +218,19 @@ def flag_unless(self: Trainer, fine: Tensor):
 def check_finite(self: Trainer):
     "The only place that waits for the device; TrainingDiverged."
     marks = torch.stack([self.diverged, self.spoilt.to(self.diverged.dtype)])
-    step, spoilt = map(int, summed(marks, largest=True).tolist())  # of all processes
-    if step >= 0:
+    # of all processes
+    diverged, spoilt = map(int, summed(marks, largest=True).tolist())
+    if diverged >= 0:
         rate = self.sched.get_last_lr()[0]
         if spoilt:
             raise TrainingDiverged(
-                f"the data of step {step} hold numbers that are NaN or infinite; the"
+                f"the data of step {diverged} hold numbers that are NaN or infinite; the"
                 " last checkpoint is from before"
             )
         raise TrainingDiverged(
-            f"the loss or its gradient became NaN or infinite at step {step} (learning"
-            f" rate {rate:.2g}); lower lr, or use precision='float32'; the last"
-            " checkpoint is from before"
+            f"the loss or its gradient became NaN or infinite at step {diverged}"
+            f" (learning rate {rate:.2g}); lower lr, or use precision='float32'; the"
+            " last checkpoint is from before"
         )
 
 # %% ../nbs/08_training.ipynb #90c2efcf
