@@ -224,8 +224,8 @@ def check_finite(self: Trainer):
         rate = self.sched.get_last_lr()[0]
         if spoilt:
             raise TrainingDiverged(
-                f"the data of step {diverged} hold numbers that are NaN or infinite; the"
-                " last checkpoint is from before"
+                f"the data of step {diverged} hold numbers that are NaN or infinite;"
+                " the last checkpoint is from before"
             )
         raise TrainingDiverged(
             f"the loss or its gradient became NaN or infinite at step {diverged}"
