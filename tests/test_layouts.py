@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -493,3 +494,27 @@ def test_runs_are_listed_with_their_numbers(tmp_path):
     assert "damaged" in lines["c"]
     code, said = command("runs", tmp_path / "none")
     assert code == 1 and "there is no run" in said
+
+
+def test_floats_beyond_one_are_refused_file_by_file(tmp_path):
+    fill(tmp_path, {".": 4})
+    Image.new("F", (8, 8), 200.0).save(tmp_path / "wide.tif")
+    dls, said = quietly(tmp_path, 8)
+    assert "floats from 0 to 1 are expected, these reach 200" in said and sum(sizes(dls)) == 4
+
+
+def test_the_colour_under_what_is_clear_is_nobodys(tmp_path):
+    for i, colour in enumerate([(255, 0, 0, 0), (0, 255, 0, 0)]):
+        im = Image.new("RGBA", (8, 8), colour)
+        im.paste((9, 9, 9, 255), (0, 0, 4, 4))
+        im.save(tmp_path / f"{i}.png")
+    _, said = quietly(tmp_path, 8, background="keep")
+    assert "removed 1 exact duplicates" in said
+
+
+def test_an_archive_cannot_write_outside(tmp_path):
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
+        archive.writestr("../../../evil.png", b"x")
+    with pytest.raises(ValueError, match="lies outside"):
+        get_dls(tmp_path / "evil.zip", 8)
+    assert not (tmp_path.parent / "evil.png").exists()
