@@ -296,13 +296,14 @@ def _as_before(run: Path, options: dict) -> dict:  # ValueError for what differs
         now = list(now) if isinstance(now, tuple) else now
         if name not in options or name in LENGTHS or now == value:
             continue
-        if source(name) not in (None, ParameterSource.DEFAULT) and name != "lr":
+        usual = source(name) in (None, ParameterSource.DEFAULT)
+        if not usual and name != "lr":
             option = "--" + name.replace("_", "-")
             raise ValueError(
                 f"{run} was started with {option} {value}, and {now} is asked for now:"
                 " leave it out, or choose another --run"
             )
-        if source(name) in (None, ParameterSource.DEFAULT):
+        if usual:
             out[name] = tuple(value) if isinstance(value, list) else value
     return out
 
@@ -587,14 +588,13 @@ def _classes(dls) -> str:  # each with its training images; of many a few
     if labels is None or not dls.num_classes:
         return ""
     counts = labels.bincount(minlength=dls.num_classes).tolist()
-    rows = sorted(zip(counts, dls.classes), key=lambda row: row[0])
     few = [f"{name}: {n:,}" for n, name in zip(counts, dls.classes)]
     if len(few) <= 12:
         return f"classes: {', '.join(few)}"
     empty = sum(n == 0 for n in counts)
     return (
-        f"classes: {', '.join(few[:6])}, ...; least {rows[0][1]} {rows[0][0]:,}, most"
-        f" {rows[-1][1]} {rows[-1][0]:,}"
+        f"classes: {', '.join(few[:6])}, ...; least {few[counts.index(min(counts))]},"
+        f" most {few[counts.index(max(counts))]}"
         + f", {empty} empty" * bool(empty)
     )
 

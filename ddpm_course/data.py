@@ -24,7 +24,6 @@ from ddpm_course.files import (
     check_images,
     check_labels,
     check_options,
-    check_shares,
     digest,
     is_path,
     load_parts,
@@ -434,9 +433,18 @@ def get_dls(
 ) -> DataLoaders:  # ValueError or FileNotFoundError with one sentence
     "Any of the course's data sets, or your own folder, as three splits of batches."
     check_options(
-        name_or_path, img_size, batch_size, fit, on_bad, channels, flip, valid, sizes
+        name_or_path,
+        img_size,
+        batch_size,
+        fit,
+        on_bad,
+        channels,
+        flip,
+        valid,
+        sizes,
+        test,
+        white,
     )
-    check_shares(valid, test)
     how = dict(background=check_background(background), white=white)
     if name_or_path == "shapes":
         return shapes_dls(img_size, batch_size, seed, sizes, objects)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .core import cache_folder, choose
 from .layouts import class_names, is_archive, layout, opened
+from .pictures import as_pil, checker
 from .shapes import SHAPES, as_size, draw_shapes
 
 # %% ../nbs/96_files.ipynb #6f05bce8
@@ -45,17 +46,14 @@ def check_background(
 
 
 def paper(size: tuple, background: str):  # (W, H) -> a PIL image in mode 'RGBA'
-    "One colour, or light and dark squares on which everything can be seen."
+    "One colour, or squares."
     from PIL import Image
 
     if background != "checker":
         return Image.new("RGBA", size, background)
-    side = max(min(size) // 8, 1)
-    squares = Image.new("RGBA", size, "#e6e6e6")
-    for y in range(0, size[1], side):
-        for x in range(y // side % 2 * side, size[0], 2 * side):
-            squares.paste("#aaaaaa", (x, y, x + side, y + side))
-    return squares
+    W, H = size
+    squares = checker(H, W, side=max(min(size) // 8, 1))
+    return as_pil(squares[None]).convert("RGBA")
 
 
 def flattened(
@@ -496,7 +494,17 @@ def check_shares(valid: float, test: float):  # ValueError
 
 
 def check_options(
-    name_or_path, img_size, batch_size, fit, on_bad, channels, flip, valid, sizes
+    name_or_path,
+    img_size,
+    batch_size,
+    fit,
+    on_bad,
+    channels,
+    flip,
+    valid,
+    sizes,
+    test=0.0,
+    white=65535,
 ):
     "ValueError for the first argument of `get_dls` that makes no sense."
     if not is_path(name_or_path):
@@ -516,7 +524,8 @@ def check_options(
         raise ValueError(f"channels is 1, 3, 4 or None, not {channels!r}")
     if flip not in (None, True, False):
         raise ValueError(f"flip is True, False or None, not {flip!r}")
-    check_shares(valid, 0.0)
+    check_shares(valid, test)
+    check_count(white, "white")
     if sizes is not None and len(sizes) != 3:
         raise ValueError(
             f"sizes has three numbers, for train, valid and test, not {sizes!r}"
@@ -572,8 +581,6 @@ def make_messy_folder(
 ) -> dict:  # {name: path} of the odd files
     "A small labelled folder with broken, doubled, transparent and sideways images."
     from PIL import Image
-
-    from ddpm_course.pictures import as_pil
 
     def picture(i, size):
         images, _, _ = draw_shapes(torch.tensor([i]), size)

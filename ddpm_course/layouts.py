@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STUBS', 'USUAL', 'LABEL_ENDINGS', 'SPLITS', 'FILE_COLUMNS', 'CLASS_COLUMNS', 'ARCHIVES', 'endings', 'natural',
            'hidden', 'subfolders', 'all_files', 'list_images', 'find_images', 'passed_over', 'role', 'Found',
-           'are_splits', 'by_folder', 'rows_of', 'delimiter', 'rows_of_json', 'pick', 'finder', 'by_list', 'layout',
-           'inner_folder', 'by_class_and_split', 'class_names', 'is_archive', 'unpack', 'opened']
+           'are_splits', 'by_folder', 'rows_of', 'delimiter', 'rows_of_json', 'pick', 'finder', 'find_list', 'by_list',
+           'layout', 'inner_folder', 'by_class_and_split', 'class_names', 'is_archive', 'unpack', 'opened']
 
 # %% ../nbs/77_layouts.ipynb #c9549622
 import csv
@@ -125,6 +125,10 @@ class Found:
         self.paths += paths
         self.names += [] if name is None else [name] * len(paths)
 
+    def join(self, other):
+        self.paths += other.paths
+        self.names += other.names
+
 
 def are_splits(folders: list) -> bool:  # with train among them, and no name twice
     roles = [role(f.name) for f in folders]
@@ -164,7 +168,8 @@ def rows_of(path: Path) -> list:  # dicts; ValueError for what cannot be read
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            lines = [json.loads(s) for s in text.splitlines() if s.strip()]
+            return rows_of_json(lines)
         if path.suffix.lower() == ".json":
             return rows_of_json(json.loads(text))
         table = list(csv.reader(io.StringIO(text), delimiter=delimiter(path, text)))
@@ -221,10 +226,10 @@ def finder(folder: Path, images: list):  # text -> path or None
     return lambda text: known.get(str(text).replace("\\", "/").removeprefix("./"))
 
 # %% ../nbs/77_layouts.ipynb #25f35073
-def by_list(
+def find_list(
     folder: Path,
-):  # {split: Found} and the list's path; None where there is no list of labels
-    "Images and classes as a list of labels says."
+):  # its path, rows, what finds an image, the two columns; None where there is none
+    "A list of labels that names images which are there."
     images = list_images(folder)
     lists = [
         p for p in all_files(folder, deep=False) if p.suffix.lower() in LABEL_ENDINGS
@@ -248,11 +253,12 @@ def by_list(
         label = pick(others, CLASS_COLUMNS)
         if label is None and [*map(str, names)] == ["0", "1"]:
             label = others[0]
-        return _listed(path, rows, find, file, label), path
+        return path, rows, find, file, label
     return None
 
 
-def _listed(path, rows, find, file, label) -> dict:
+def by_list(path, rows, find, file, label) -> dict:  # {split: Found}
+    "Images and classes as a list says; ValueError where it contradicts itself."
     found, missing, seen = {}, 0, {}
     for row in rows:
         image, name = find(row.get(file)), row.get(label) if label else None
@@ -280,9 +286,7 @@ def _listed(path, rows, find, file, label) -> dict:
             stacklevel=2,
         )
     if "all" in found and len(found) > 1:  # without a split: to train on
-        rest = found.pop("all")
-        train = found.setdefault("train", Found())
-        train.paths, train.names = train.paths + rest.paths, train.names + rest.names
+        found.setdefault("train", Found()).join(found.pop("all"))
     return found
 
 # %% ../nbs/77_layouts.ipynb #2584e45b
@@ -302,16 +306,19 @@ def layout(
             " .tar of one"
         )
     used, inner = [], inner_folder(folder)
-    listed = by_list(inner)
+    listed = find_list(inner)
     if listed:
-        found, path = listed
-        used.append(path)
+        found = by_list(*listed)
+        used.append(listed[0])
     elif are_splits(subfolders(inner)):
         found = {}
         for sub in subfolders(inner):
-            lists = by_list(sub)
-            found[role(sub.name)] = lists[0]["all"] if lists else by_folder(sub)
-            used += lists[1:] if lists else ()
+            part = found[role(sub.name)] = Found()
+            listed = find_list(sub)
+            parts = by_list(*listed).values() if listed else [by_folder(sub)]
+            for one in parts:  # the folder says which split it is
+                part.join(one)
+            used += listed[:1] if listed else ()
     else:
         found = by_class_and_split(inner)
     if others := passed_over(folder, used):
@@ -324,7 +331,7 @@ def inner_folder(folder: Path) -> Path:
     subs = subfolders(folder)
     while len(subs) == 1 and not list_images(folder, deep=False):
         deeper = subfolders(subs[0])
-        if not deeper and not by_list(subs[0]) or are_splits(deeper):
+        if not deeper and not find_list(subs[0]) or are_splits(deeper):
             break
         folder, subs = subs[0], deeper
     return folder

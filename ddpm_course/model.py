@@ -52,7 +52,7 @@ from .pretrained import manifest, read_pretrained
 from .sampling import clip_x0, euler
 from .sampling import sample as walk
 from .settings import check_precision
-from .space import make_space
+from .space import check_bounds, make_space
 from .unet import check_size
 
 # %% ../nbs/98_model.ipynb #c05b0483
@@ -196,14 +196,11 @@ ALIASES = dict(
     ddpm="ancestral",
     eulera="ancestral",
     eulerancestral="ancestral",
-    eulermaruyama="euler_maruyama",
     edm="heun",
     edmstochastic="churn",
     pc="predictor_corrector",
-    dpmpp2m="dpmpp_2m",
     dpmsolverpp="dpmpp_2m",
     dpmsolvermultistep="dpmpp_2m",
-    dpmpp2msde="dpmpp_2m_sde",
     dpmsolversde="dpmpp_2m_sde",
     unipcmultistep="unipc",
 )
@@ -213,10 +210,12 @@ def our_name(name: str) -> str:  # 'DDIM', 'DPM++ 2M', 'DPMSolverMultistepSchedu
     "A sampler's name in this course, where another library calls it otherwise."
     if name in SAMPLERS:
         return name
-    plain = name.lower().replace("+", "p")
-    plain = re.sub(r"[^a-z0-9]", "", plain).removesuffix("scheduler")
-    plain = plain.removesuffix("discrete")
-    same = {re.sub(r"[^a-z0-9]", "", ours): ours for ours in SAMPLERS}
+
+    def bare(text):
+        return re.sub(r"[^a-z0-9]", "", text.lower().replace("+", "p"))
+
+    same = {bare(ours): ours for ours in SAMPLERS}
+    plain = bare(name).removesuffix("scheduler").removesuffix("discrete")
     return {**ALIASES, **same}.get(plain, name)
 
 
@@ -304,10 +303,19 @@ class Model:
         return self.num_classes
 
     def name_classes(self, names: list):
-        "Give classes that are merely numbered their names."
+        "Name classes that are merely numbered, or those of another training: said."
         numbers = [str(k) for k in range(self.num_classes)]
-        if names and numbers and self.classes == numbers:
-            self.classes = names
+        if not numbers or names in ([], numbers, self.classes):
+            return
+        if self.loaded:
+            warnings.warn(
+                f"the model's classes were {', '.join(self.classes[:6])}, and are those"
+                f" of the data now: {', '.join(names[:6])}",
+                stacklevel=3,
+            )
+        elif self.classes != numbers:  # somebody has named them
+            return
+        self.classes = names
 
     def sample_timesteps(self, n):  # (n,) times to train at
         return self.process.sample_t(n, self.device, self.generator)
@@ -495,7 +503,8 @@ def draw(
         )
     process, device = model.process, model.device
     dtype = check_precision(precision, device)
-    start, ts, bounds = _tensors(start), _tensors(ts), _pair(bounds, model)
+    start, ts = _tensors(start), _tensors(ts)
+    bounds = model.space.bounds if bounds is ... else check_bounds(bounds)
     if isinstance(step, str):
         step = check_step(copy.deepcopy(process).cpu(), step, **settings)
         settings = {}
@@ -579,16 +588,6 @@ def _tensors(value):  # arrays and lists of numbers, perhaps with a time beside 
     if value is None or isinstance(value, Tensor):
         return value
     return torch.as_tensor(value).float()
-
-
-def _pair(bounds, model):  # ValueError for what are no bounds
-    if bounds is ...:
-        return model.space.bounds
-    if bounds is None:
-        return None
-    if len(bounds) != 2 or not bounds[0] < bounds[1]:
-        raise ValueError(f"bounds are (lowest, highest) or None, not {bounds}")
-    return tuple(bounds)
 
 
 # what other libraries call the arguments of sample

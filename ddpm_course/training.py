@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import math
 import time
-import warnings
 
 import torch
 from torch import Tensor, nn
@@ -436,15 +435,6 @@ def look_at(self: Diffusion, dls):
     K, known = self.num_classes, getattr(dls, "num_classes", None)
     if K and known not in (None, K):
         raise ValueError(f"the model has {K} classes, the data {known}")
-    names = list(getattr(dls, "classes", None) or ())
-    numbers = [str(k) for k in range(K)]
-    if K and self.loaded and names not in (self.classes, [], numbers):
-        warnings.warn(
-            f"the model's classes were {', '.join(self.classes[:6])}, and are those of"
-            f" the data now: {', '.join(names[:6])}",
-            stacklevel=3,
-        )
-        self.classes = names
     self.dls = dls
     self.feed = Feed(train, self.space, self.cond)
     check_batch(*self.feed.first(), self.space, self.cond)
@@ -689,7 +679,7 @@ class Watch:
         "The bar counts steps, or seconds where the clock decides."
         by_clock = self.diff.trainer.by_clock
         at = min(self.diff.used(), self.bar.total) if by_clock else self.diff.step
-        self.bar.update(round(at - self.bar.n, 1) if by_clock else at - self.bar.n)
+        self.bar.n = round(at, 1)  # set_postfix draws it
         step = dict(step=self.diff.step) if by_clock else {}
         self.bar.set_postfix(**step, **words)
 

@@ -1,9 +1,12 @@
 """Small things that several test files use: tiny data, a tiny model."""
 
 import torch
+from click.testing import CliRunner
+from PIL import Image
 
 from ddpm_course.data import Batches, DataLoaders
 from ddpm_course.process import DDPM
+from ddpm_course.shapes import draw_shapes
 from ddpm_course.training import Diffusion
 from ddpm_course.unet import UNet_conditional
 
@@ -47,6 +50,32 @@ def tiny_diffusion(num_classes=3, size=8, seed=0, **kw):
     return Diffusion(
         net, DDPM(100, "cosine"), "v", (1, size, size), num_classes, device="cpu", seed=seed, **kw
     )
+
+
+def picture(i=0, size=24):
+    return Image.fromarray(draw_shapes(torch.tensor([i]), size)[0][0].permute(1, 2, 0).numpy())
+
+
+def make_folder(root, layout, start=0):
+    "layout: {folder: number of different images}"
+    for k, (name, n) in enumerate(layout.items()):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            picture(start + 1000 * k + i).save(root / name / f"{i:03}.png")
+    return root
+
+
+def command_line(*args, code=0):
+    "What the command line prints; the exit code is asserted."
+    from ddpm_course.cli import main
+
+    done = CliRunner().invoke(main, [str(a) for a in args])
+    assert done.exit_code == code and "Traceback" not in done.output, (
+        args,
+        done.output,
+        done.exception,
+    )
+    return done.output
 
 
 def failing(diff, when, save=False):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from common import QUICK, tiny_diffusion, tiny_dls
+from common import command_line as run
 from PIL import Image
 
 import ddpm_course.data
@@ -28,16 +29,6 @@ UNLESS_TOLD = dict(
 )
 # a score and its SDE are not defined without data
 NEED_ALPHA = ("langevin", "euler_maruyama", "predictor_corrector")
-
-
-def run(*args, code=0):
-    done = CliRunner().invoke(main, [str(a) for a in args])
-    assert done.exit_code == code and "Traceback" not in done.output, (
-        args,
-        done.output,
-        done.exception,
-    )
-    return done.output
 
 
 @pytest.fixture

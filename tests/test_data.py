@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import make_folder, picture
 from PIL import Image
 
 from ddpm_course.core import to_float, to_uint8
@@ -21,19 +22,6 @@ from ddpm_course.data import (
 )
 from ddpm_course.files import array_part, load_parts, pixel_keys, read_image
 from ddpm_course.shapes import COLOURS, SHAPES, Shapes, captions, draw_shapes, make_scene, render
-
-
-def picture(i=0, size=24):
-    return Image.fromarray(draw_shapes(torch.tensor([i]), size)[0][0].permute(1, 2, 0).numpy())
-
-
-def make_folder(root, layout, start=0):
-    "layout: {folder: number of different images}"
-    for k, (name, n) in enumerate(layout.items()):
-        (root / name).mkdir(parents=True, exist_ok=True)
-        for i in range(n):
-            picture(start + 1000 * k + i).save(root / name / f"{i:03}.png")
-    return root
 
 
 def saved(tmp_path, im, name="x.png", **kw):

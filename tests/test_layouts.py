@@ -12,30 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import QUICK, tiny_diffusion, tiny_dls
+from common import QUICK, command_line, make_folder, picture, tiny_diffusion, tiny_dls
 from PIL import Image
 
 from ddpm_course.data import get_dls, split_part
 from ddpm_course.files import Part
 from ddpm_course.model import our_name
-from ddpm_course.shapes import draw_shapes
 from ddpm_course.training import Diffusion, TrainingDiverged
 
 QUIET = dict(progress=False, loggers=[])
 
 
-def picture(i, size=16):
-    return Image.fromarray(draw_shapes(torch.tensor([i]), size)[0][0].permute(1, 2, 0).numpy())
-
-
 def fill(folder, counts):
-    "Pictures by folder, none twice."
-    start = 1000 * len(list(folder.rglob("*")))
-    for k, (name, n) in enumerate(counts.items()):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for i in range(n):
-            picture(start + 1000 * k + i).save(folder / name / f"{i}.png")
-    return folder
+    "Pictures by folder, none twice, also not of an earlier call."
+    return make_folder(folder, counts, start=1000 * len(list(folder.rglob("*"))))
 
 
 def sizes(dls):
@@ -74,7 +64,7 @@ def test_a_class_that_looks_like_a_split_is_said(tmp_path):
 
 def heap(folder, n=12):
     fill(folder, {"images": n})
-    return [(f"{i}.png", f"kind {i % 3}") for i in range(n)]
+    return [(f"{i:03}.png", f"kind {i % 3}") for i in range(n)]
 
 
 LISTS = {
@@ -99,6 +89,30 @@ def test_lists_of_labels_in_folders_and_archives(tmp_path, name, packed):
     dls, said = quietly(where, 8)
     assert dls.classes == ["kind 0", "kind 1", "kind 2"] and sum(sizes(dls)) == 12
     assert "passed over" not in said
+
+
+def test_a_list_inside_of_a_split_may_name_splits_of_its_own(tmp_path):
+    rows = heap(tmp_path / "train")
+    text = "file,label,split\n" + "".join(f"{f},{y},train\n" for f, y in rows)
+    (tmp_path / "train/labels.csv").write_text(text)
+    fill(tmp_path, {"test/kind 0": 3, "test/kind 1": 3})
+    dls, said = quietly(tmp_path, 8)
+    assert len(dls.test.labels) == 6 and len(dls.classes) == 3 and "passed over" not in said
+
+
+@pytest.mark.parametrize("lines", ['["0.png", "cat"]', "3", '"cat"'])
+def test_lines_of_another_kind_are_no_list(tmp_path, lines):
+    heap(tmp_path)
+    (tmp_path / "notes.jsonl").write_text(lines)
+    dls, said = quietly(tmp_path, 8)
+    assert dls.num_classes == 1 and "1 .jsonl" in said
+
+
+def test_what_is_said_of_a_wrapped_list_is_said_once(tmp_path):
+    fill(tmp_path, {"data": 3})
+    (tmp_path / "data/labels.csv").write_text("file,label\n000.png,a\n001.png,b\ngone.png,b\n")
+    dls, said = quietly(tmp_path, 8, valid=0, test=0)
+    assert dls.classes == ["a", "b"] and said.count("1 of 3 rows") == 1
 
 
 def test_a_list_says_what_it_could_not_use(tmp_path):
@@ -129,13 +143,13 @@ def test_whatever_pillow_opens_is_read(tmp_path, ending, kind):
     if kind not in Image.SAVE:
         pytest.skip(f"this Pillow writes no {kind}")
     for i in range(4):
-        picture(i).save(tmp_path / f"{i}{ending}", kind)
+        picture(i, 16).save(tmp_path / f"{i}{ending}", kind)
     dls, said = quietly(tmp_path, 8)
     assert sum(sizes(dls)) == 4 and not said
 
 
 def test_files_of_several_pages_are_said(tmp_path):
-    first, *others = [picture(i) for i in range(3)]
+    first, *others = [picture(i, 16) for i in range(3)]
     first.save(tmp_path / "a.gif", save_all=True, append_images=others)
     fill(tmp_path, {".": 3})
     _, said = quietly(tmp_path, 8)
@@ -204,6 +218,8 @@ def test_white_icons_are_not_lost_on_white_paper(tmp_path):
     for background in ("black", "#123456", "checker"):
         dls, said = quietly(tmp_path, 16, background=background)
         assert sum(sizes(dls)) == 30 and not said
+    with pytest.raises(ValueError, match="white is a whole number"):
+        get_dls(tmp_path, 16, white=0)
     with pytest.raises(ValueError, match="'checker', or 'keep'"):
         get_dls(tmp_path, 16, background="transparent-ish")
 
@@ -273,25 +289,15 @@ def test_a_run_folder_is_of_one_process_until_it_dies(tmp_path):
 # ---- from the command line
 
 
-def command(*args):
-    from click.testing import CliRunner
-
-    from ddpm_course.cli import main
-
-    done = CliRunner().invoke(main, [str(a) for a in args])
-    return done.exit_code, done.output
-
-
 QUICKLY = ["--epochs", 0.05, "--precision", "float32", "--batch-size", 16, "--img-size", 8]
 
 
 def test_runs_without_a_name_do_not_collide(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("runs/digits", "runs/digits-2"):
-        code, said = command("train", "--data", "digits", *QUICKLY)
-        assert code == 0 and name + " |" in said, said
-    code, said = command("train", "--data", "digits", "--resume", *QUICKLY)
-    assert code == 0 and "runs/digits-2 is done" in said, said
+        assert name + " |" in command_line("train", "--data", "digits", *QUICKLY)
+    said = command_line("train", "--data", "digits", "--resume", *QUICKLY)
+    assert "runs/digits-2 is done" in said
 
 
 def test_the_command_line_reads_folders_as_the_library_does(tmp_path, monkeypatch):
@@ -299,11 +305,10 @@ def test_the_command_line_reads_folders_as_the_library_does(tmp_path, monkeypatc
     icons(tmp_path / "data/round"), icons(tmp_path / "data/square", 20)
     archive = shutil.make_archive(tmp_path / "icons", "zip", tmp_path / "data")
     how = ["--background", "keep", "--valid", 0, "--test", 0.1, "--flip", "--balance"]
-    code, said = command("train", "--data", archive, "--img-size", "8x16", *how, *QUICKLY[:-2])
-    assert code == 0, said
+    args = ["train", "--data", archive, *QUICKLY[:-2], "--img-size"]
+    said = command_line(*args, "8x16", *how)
     assert "4x8x16" in said and "classes: round: " in said and ", 0 to validate" in said
-    code, said = command("train", "--data", archive, "--img-size", "8by16", *QUICKLY[:-2])
-    assert code == 1 and "HEIGHTxWIDTH" in said
+    assert "HEIGHTxWIDTH" in command_line(*args, "8by16", code=1)
 
 
 # ---- whoever has no home
@@ -467,10 +472,8 @@ def test_samples_go_one_by_one_into_a_folder_with_a_manifest(tmp_path):
     y = torch.tensor([0, 1] * 3)
     diff.fit([(x, y)], total_steps=1, run=tmp_path / "r", progress=False, **QUICK)
     out = f"{tmp_path / 'out'}/"
-    code, said = command(
-        "sample", "--run", tmp_path / "r", "--n", 2, "--steps", 2, "--seed", 5, "--out", out
-    )
-    assert code == 0, said
+    few = ["--n", 2, "--steps", 2, "--seed", 5]
+    command_line("sample", "--run", tmp_path / "r", *few, "--out", out)
     made = json.loads((tmp_path / "out/manifest.json").read_text())
     assert [s["label"] for s in made["samples"]] == ["cat", "cat", "dog", "dog"]
     assert made["seed"] == 5 and made["steps"] == 2 and made["version"]
@@ -487,13 +490,12 @@ def test_runs_are_listed_with_their_numbers(tmp_path):
     (tmp_path / "b/evaluation.json").write_text('{"numbers": {"fid": 1.25}}')
     (tmp_path / "c").mkdir()
     (tmp_path / "c/config.json").write_text("{")
-    code, said = command("runs", tmp_path)
+    said = command_line("runs", tmp_path)
     lines = {line.split()[0].rsplit("/", 1)[-1]: line for line in said.splitlines()[1:]}
-    assert code == 0 and set(lines) == {"a", "b", "c"}
+    assert set(lines) == {"a", "b", "c"}
     assert " ddpm " in lines["a"] and " 4 " in lines["a"] and lines["b"].endswith("1.25")
     assert "damaged" in lines["c"]
-    code, said = command("runs", tmp_path / "none")
-    assert code == 1 and "there is no run" in said
+    assert "there is no run" in command_line("runs", tmp_path / "none", code=1)
 
 
 def test_floats_beyond_one_are_refused_file_by_file(tmp_path):
