@@ -329,9 +329,10 @@ def layout(
 def inner_folder(folder: Path) -> Path:
     "Where one folder holds all the others: that one."
     subs = subfolders(folder)
-    while len(subs) == 1 and not list_images(folder, deep=False):
+    while len(subs) == 1 and not are_splits(subs):
         deeper = subfolders(subs[0])
-        if not deeper and not find_list(subs[0]) or are_splits(deeper):
+        one_class = not deeper and not find_list(subs[0])
+        if one_class or list_images(folder, deep=False):
             break
         folder, subs = subs[0], deeper
     return folder

@@ -57,6 +57,14 @@ def test_splits_are_known_at_either_level(tmp_path, names, inside):
     assert sum(sizes(dls)) == 34
 
 
+@pytest.mark.parametrize("wrapper", ["data", "data/inner"])
+def test_folders_that_hold_one_folder_are_looked_through(tmp_path, wrapper):
+    for split, n in dict(train=6, test=3).items():
+        fill(tmp_path, {f"{wrapper}/{split}/{c}": n for c in ("cats", "dogs")})
+    dls, _ = quietly(tmp_path, 8, valid=0)
+    assert dls.classes == ["cats", "dogs"] and sizes(dls) == [12, 0, 6]
+
+
 def test_a_class_that_looks_like_a_split_is_said(tmp_path):
     dls, said = quietly(fill(tmp_path, {"cats": 5, "test": 5}), 8)
     assert dls.classes == ["cats", "test"] and "test in" in said and "became a class" in said
