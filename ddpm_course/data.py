@@ -184,9 +184,11 @@ def split_part(
             limit = {c: in_share(n * share) for c, n in sizes.items()}
             chosen = held_out(order, y, limit, spare)
             # what small classes owe together, one image of each
-            owed = int(share * len(y)) - len(chosen)
-            others = without(order, chosen)
-            chosen += held_out(others, y, dict.fromkeys(sizes, 1), spare, owed)
+            small = {c: 1 for c, n in sizes.items() if n * share < 5}
+            owed = int(share * sum(sizes[c] for c in small))
+            owed -= sum(y[i] in small for i in chosen)
+            others = [i for i in without(order, chosen) if y[i] in small]
+            chosen += held_out(others, y, small, spare, owed)
         if not chosen and share > 0:  # few images: one
             chosen = held_out(order, y, sizes, spare, 1)
         out[name], order = sorted(chosen), without(order, chosen)

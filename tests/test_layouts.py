@@ -188,6 +188,13 @@ def test_small_classes_keep_what_they_cannot_spare(counts, stable):
         assert share["valid"] == share["test"] == 0
 
 
+def test_large_classes_give_their_share_rounded_each_by_itself():
+    counts = [592, 674, 595, 613, 584, 542]  # a tenth of the first digits of MNIST
+    parts = split_part(part_of(counts), dict(valid=0.1, test=0.1))
+    for name in ("valid", "test"):
+        assert parts[name].labels.bincount().tolist() == [round(0.1 * n) for n in counts]
+
+
 def test_shares_are_options_and_nothing_means_nothing(tmp_path):
     fill(tmp_path, {"a": 40, "b": 40})
     dls = get_dls(tmp_path, 8, valid=0, test=0)
