@@ -80,7 +80,7 @@ setup(
     install_requires=cfg.get("requirements", "").split(),
     extras_require={
         name: cfg.get(f"{name}_requirements", "").split()
-        for name in ("dev", "bench", "stream", "export")
+        for name in ("dev", "bench", "stream", "export", "video")
     },
     entry_points={
         "console_scripts": cfg.get("console_scripts", "").split(),

@@ -58,6 +58,10 @@ class Condition:
         in particular."""
         return []
 
+    def name(self, asked) -> str:
+        "In words what was asked for, one of what `preview` lists."
+        return str(asked)
+
     def drop(self, cond, p: float, generator=None):
         "Each example loses its condition with probability p, in training only."
         return drop_labels(cond, p, self.null, generator)
@@ -145,6 +149,9 @@ class Labels(Condition):
         names = ", ".join(map(repr, known)) + ", ..." * (self.n > 12)
         more = " (by name only, as a name is a number itself)" if numbered else ""
         raise ValueError(f"unknown label {name!r}: choose one of {names}{more}.{hint}")
+
+    def name(self, asked):
+        return self.classes[asked] if int(asked) < self.n else "no label"
 
     def null(self, cond):
         return torch.full_like(cond, self.n)
