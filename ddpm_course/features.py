@@ -121,8 +121,11 @@ def extract(
     images: Tensor,  # (N,C,H,W) uint8, or floats in [-1, 1], of any precision
     batch_size: int = 500,
     device=None,  # where the batches go; None: where the module's weights are
+    progress: bool = False,  # show a bar
 ) -> Tensor:  # (N,D) float64 on the CPU; ValueError if images and features do not fit
     "Run images through a feature net, in evaluation mode."
+    from tqdm.auto import tqdm
+
     net = features
     if not isinstance(net, nn.Module):
         net = getattr(features, "__self__", None)  # whose method it is
@@ -140,6 +143,7 @@ def extract(
         net.eval()
     try:
         batches = images.split(batch_size)
+        batches = tqdm(batches, "features", disable=not progress, leave=False)
         vectors = [call(as_float(x, dtype).to(device)).cpu() for x in batches]
         return checked(torch.cat(vectors))
     finally:
@@ -151,6 +155,7 @@ def feature_sets(
     a: Tensor,  # generated: images, or features (N,D)
     b: Tensor,  # real: images, or features (M,D)
     features=None,  # see `extract`; not needed where both are features already
+    progress: bool = False,  # show bars
 ):  # (N,D), (M,D) float64 on the CPU; ValueError, TypeError: not to be compared
     "Two sets that can be compared; anything two-dimensional is taken for features."
     for x in (a, b):
@@ -160,7 +165,10 @@ def feature_sets(
             "images are compared through features: pass features=, such as"
             " classifier.features"
         )
-    a, b = (checked(x) if x.ndim <= 2 else extract(features, x) for x in (a, b))
+    a, b = (
+        checked(x) if x.ndim <= 2 else extract(features, x, progress=progress)
+        for x in (a, b)
+    )
     if a.shape[1] != b.shape[1]:
         raise ValueError(
             f"features of {a.shape[1]} and of {b.shape[1]} numbers cannot be compared:"

@@ -183,7 +183,8 @@ def classifier_for(
     epochs: int | None = None,  # train for so long, whatever ships; None: enough
     device=None,
     cache=None,  # folder for the weights; None: the course's cache folder; False: none
-) -> Classifier:
+    train: bool = True,  # False: only what is there already, else None
+) -> Classifier | None:
     "A classifier for this data: the one that ships, or one trained once and cached."
     from safetensors.torch import load, save
 
@@ -197,13 +198,15 @@ def classifier_for(
     recipe = repr((dls.name, dls.shape, dls.num_classes, n, epochs)).encode()
     key = hashlib.sha256(recipe + first).hexdigest()[:12]
     if cache is False:
-        return train_classifier(dls, epochs, device=device)
+        return train_classifier(dls, epochs, device=device) if train else None
     path = Path(cache or cache_folder()) / f"classifier-{key}.safetensors"
     net = Classifier(dls.shape, dls.num_classes).to(default_device(device))
     net.eval().requires_grad_(False)
     try:
         net.load_state_dict(load(path.read_bytes()))
     except Exception:  # not there yet, or damaged: train
+        if not train:
+            return None
         net = train_classifier(dls, epochs, device=device)
         with contextlib.suppress(OSError):  # no place to keep it: trained again
             path.parent.mkdir(parents=True, exist_ok=True)

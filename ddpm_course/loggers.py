@@ -7,6 +7,7 @@ __all__ = ['write_samples', 'LocalLogger', 'read_log', 'run_id', 'wandb_logged_i
 
 # %% ../nbs/94_loggers.ipynb #6c3f3276
 import csv
+import inspect
 import json
 import os
 import time
@@ -21,19 +22,24 @@ def write_samples(
     stem: str,  # name of the files without their ending, such as 'images/ema-0000010'
     x,  # samples (N, ...)
     space=None,  # what they are; None: by their shape
+    names=(),  # what each was asked for, written beneath it where the space can
 ) -> list:  # names of the files, in the folder; the one to look at first
     "Write samples as their space shows them."
-    names = []
-    for suffix, data in (space or make_space(tuple(x.shape[1:]))).show(x).items():
+    space, files = space or make_space(tuple(x.shape[1:])), []
+    takes = "names" in inspect.signature(space.show).parameters
+    how = dict(names=names) if takes and len(names) == len(x) else {}
+    for suffix, data in space.show(x, **how).items():
         path = Path(folder, stem + suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-        names.append(stem + suffix)
-    return names
+        files.append(stem + suffix)
+    return files
 
 
 class LocalLogger:
     "Records a run in its folder: a line per call in log.jsonl, samples in images/."
+
+    names = ()  # what the samples were asked for; the trainer says it
 
     def __init__(
         self,
@@ -61,7 +67,7 @@ class LocalLogger:
         line = dict(step=step, seconds=round(time.time() - self.start, 2), **scalars)
         for name, x in (images or {}).items():
             stem = f"images/{name}-{step:07d}"
-            line[name] = write_samples(self.folder, stem, x, self.space)[0]
+            line[name] = write_samples(self.folder, stem, x, self.space, self.names)[0]
         line |= {k: str(v) for k, v in (files or {}).items()}
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
@@ -123,6 +129,8 @@ class WandbLogger:
     """The same calls, to Weights & Biases: online for who is logged in, else offline
     into the run folder; never a prompt."""
 
+    names = ()
+
     def __init__(
         self,
         run,  # run folder
@@ -174,7 +182,8 @@ class WandbLogger:
             self.run.log_artifact(artifact)
 
     def medium(self, stem, x):  # what W&B can show of samples
-        name = write_samples(self.folder, f"images/{stem}", x, self.space)[0]
+        stem = f"images/{stem}"
+        name = write_samples(self.folder, stem, x, self.space, self.names)[0]
         path, suffix = str(self.folder / name), Path(name).suffix
         if suffix == ".gif":
             return self.wandb.Video(path, format="gif")

@@ -485,16 +485,20 @@ def draw(
     step=euler,  # a rule such as euler, heun, ..., or a name of SAMPLERS
     n_steps: int = 50,  # denoising steps
     seed: int | None = None,  # the same samples again, however they are cut into chunks
+    first: int = 0,  # number of the first sample of that seed: a set drawn in parts
     chunk: int = 128,  # at once: what fits into memory, and on a CPU into its caches
     # estimates are kept within; None: anywhere; default: those of the space
     bounds=...,
     use_ema: bool = True,  # the averaged weights, or those of the moment
     callback=None,  # see sampling.sample; called for every chunk
+    progress: bool = False,  # show a bar
     precision: str = "float32",  # of the network
     **settings,  # of the rule
 ) -> Tensor:  # (B, ...); ValueError for what makes no sense
     "Samples from noise; nothing on the model is changed."
-    check_draw(chunk, guidance, n_steps, n, seed)
+    from tqdm.auto import tqdm
+
+    check_draw(chunk, guidance, n_steps, n, seed, first)
     if not model.p_uncond and cond is not None and guided_by(guidance):
         warnings.warn(
             "guidance compares with what the model draws when it is told nothing, and"
@@ -518,10 +522,17 @@ def draw(
         raise ValueError(f"{given[0]} conditions and {given[1]} examples in start")
     network = still(model.ema_model if use_ema else model.model)
     seed = int(torch.randint(2**31, ())) if seed is None else seed
-    done = []
+    done, steps = [], (len(ts) - 1) * -(-n // chunk)
+    bar = tqdm(total=steps, unit="step", disable=not progress, leave=False)
+
+    def after_step(**now):
+        bar.update()
+        if callback:
+            callback(**now)
+
     for at in range(0, n, chunk):
         part = slice(at, min(at + chunk, n))
-        generators = example_generators(seed, part.stop - at, at)
+        generators = example_generators(seed, part.stop - at, first + at)
         told = tree(lambda v: v[part].to(device), cond)
         scale = guidance[part] if isinstance(guidance, Tensor) else guidance
         denoise = guided(network, told, scale, model.cond)
@@ -538,11 +549,12 @@ def draw(
                 x,
                 ts,
                 step,
-                callback,
+                after_step,
                 generator=generators,
                 **settings,
             )
         done.append(x)
+    bar.close()
     if not done:
         return torch.empty(0, *model.shape)
     return torch.cat(done).clamp(*bounds) if bounds else torch.cat(done)
@@ -561,14 +573,16 @@ def guided_by(scale) -> bool:
     return bool((torch.as_tensor(scale) != 1).any())
 
 
-def check_draw(chunk, guidance, n_steps, n, seed):
+def check_draw(chunk, guidance, n_steps, n, seed, first):
     if chunk < 1:
         raise ValueError(f"chunk is a number of images, at least 1, not {chunk}")
     if not torch.as_tensor(guidance).isfinite().all():
         raise ValueError(
             f"cfg_scale is a finite number, 1 to follow the labels, not {guidance}"
         )
-    check_numbers(n_steps=n_steps, n=n, seed=seed)
+    check_numbers(n_steps=n_steps, n=n, seed=seed, first=first)
+    if first < 0:
+        raise ValueError(f"the samples of a seed are 0, 1, 2 and so on, not {first}")
 
 
 def check_numbers(**numbers):  # ValueError
@@ -620,7 +634,8 @@ def sample(
     clip: bool = True,  # False: bounds=None
     precision: str = "float32",  # of the network: 'bfloat16' may be faster, and differs
     labels=None,  # an older name of `what`
-    **more,  # start, ts, wrap, bounds of `draw`; settings of the rule
+    # start, ts, wrap, bounds, first, progress of `draw`; settings of the rule
+    **more,
 ) -> Tensor:  # (B, ...) in the bounds of the space; ValueError says what is wrong
     "Samples from noise."
     for name, ours in OTHER_NAMES.items():

@@ -53,6 +53,7 @@ from ddpm_course.settings import (
     Settings,
     fastest,
     precisions,
+    repeatable,
     timings,
 )
 
@@ -267,9 +268,14 @@ def one_epoch(
         )
     mean = self.mean_loss()
     if ended or self.batch == feed.length:
-        self.epoch, self.batch, self.seen = self.epoch + 1, 0, 0
-        self.loss_sum.zero_()
+        self.next_pass()
     return mean
+
+
+@patch
+def next_pass(self: Trainer):
+    self.epoch, self.batch, self.seen = self.epoch + 1, 0, 0
+    self.loss_sum.zero_()
 
 
 def check_same_data(x: Tensor):  # ValueError
@@ -572,7 +578,12 @@ def open_run(self: Diffusion, event: dict):
 
 
 @patch
-def resume(self: Diffusion, dls, strategy: str | None = None):  # None: as it was
+def resume(
+    self: Diffusion,
+    dls,
+    strategy: str | None = None,  # None: as it was
+    data_changed: bool = False,  # go on with other data, from the next pass
+):
     "Weights and state of the newest checkpoint; ValueError where it is another run."
     self.began = time.monotonic()
     join()
@@ -580,7 +591,7 @@ def resume(self: Diffusion, dls, strategy: str | None = None):  # None: as it wa
         self.look_at(dls)
         if why := self.feed.exactness():
             raise ValueError(f"{self.run.folder} cannot go on: {why}")
-        self.run.check_same(self.config, self.data_config())
+        changed = self.run.check_same(self.config, self.data_config(), data_changed)
         path, state = self.run.newest()
         load_weights(self.model, path, "model")
         load_weights(self.ema_model, path, "ema")
@@ -596,7 +607,10 @@ def resume(self: Diffusion, dls, strategy: str | None = None):  # None: as it wa
         settings = self.race(free)
     self.start_training(settings)
     self.trainer.load_state_dict(state)
-    self.feed.restore(state.get("data"))
+    if changed:
+        self.trainer.next_pass()
+    else:
+        self.feed.restore(state.get("data"))
     self.before = state["sched"].get("used", 0.0)
 
 
@@ -700,7 +714,8 @@ def loop(self: Diffusion, progress: bool):
         disable=not (progress and is_first()),
         mininterval=1,
     )
-    with bar, sentences(), stop_on_signal(patient=world() > 1) as asked:
+    calm = repeatable(self.settings)
+    with bar, sentences(), calm, stop_on_signal(patient=world() > 1) as asked:
         watch = Watch(self, asked, bar)
         while not trainer.done and not watch.stop:
             mean = self.one_epoch(on_batch=watch)
@@ -750,6 +765,8 @@ def report(self: Diffusion, mean: float):
         images, self.pictured = self.log_images(), time.monotonic()
         self.drawn_in = self.pictured - drawing
     for log in self.loggers:
+        if images and hasattr(log, "names"):
+            log.names = self.asked
         log(self.step, logs, images, files)
     if trainer.by_clock:
         more = 0.0 if images else self.drawn_in
@@ -761,6 +778,7 @@ def log_images(self: Diffusion) -> dict:
     "Samples of what the condition previews, from the raw and the averaged weights."
     self.page = getattr(self, "page", -1) + 1
     what, steps = self.cond.preview(self.page) or None, 20
+    self.asked = [self.cond.name(one) for one in what or ()]
     if self.process.t_max > 1:
         steps = min(steps, int(self.process.t_max))
     more = dict(n=None if what else 8, cfg_scale=2.0 if what else 1.0)
@@ -788,6 +806,7 @@ def fit(
     wandb: bool | None = None,  # True: log to W&B too; None: only when logged in
     save_every: float = 60.0,  # seconds between checkpoints
     progress: bool = True,  # show a bar
+    data_changed: bool = False,  # go on although the data are not those of before
     **settings,  # see Settings
 ):
     "Train; Ctrl-C saves and leaves."
@@ -810,7 +829,10 @@ def fit(
             raise ValueError(f"there is no run to extend in {run}")
         with sentences():
             if again:
-                event = self.go_on(dls, extend, epochs, minutes, settings, progress)
+                length = dict(epochs=epochs, minutes=minutes)
+                event = self.go_on(
+                    dls, extend, length, settings, progress, data_changed
+                )
             else:
                 event = self.begin(dls, init, epochs, minutes, settings, progress)
             check_alike(steps_done=self.step)  # else they see different run folders
@@ -859,12 +881,17 @@ def begin(self: Diffusion, dls, init, epochs, minutes, settings, progress) -> di
 
 
 @patch
-def go_on(self: Diffusion, dls, extend, epochs, minutes, settings, progress) -> dict:
+def go_on(
+    self: Diffusion, dls, extend, length, settings, progress, data_changed=False
+) -> dict:
     "A training that was interrupted, or one that is to be longer."
-    self.resume(self.dls if dls is None else dls, settings.get("strategy"))
+    dls = self.dls if dls is None else dls
+    self.resume(dls, settings.get("strategy"), data_changed)
     event, folder = dict(event="resume", step=self.step), self.run.folder
     if extend:
-        event = self.lengthen(epochs, minutes, settings)
+        event = self.lengthen(**length, settings=settings)
+    if data_changed:
+        event["data_changed"] = True
     if not progress or not is_first():
         return event
     end = self.trainer.total or f"the end of {self.settings.minutes:g} minutes"
