@@ -24,7 +24,10 @@ def is_array(path) -> bool:
     return Path(str(path)).suffix.lower() in ENDINGS
 
 
-def read_arrays(path) -> tuple:  # x (N, ...), labels (N,) or None, names of columns
+def read_arrays(
+    path,
+    least: int = 3,  # examples that there must be
+) -> tuple:  # x (N, ...), labels (N,) or None, names of columns
     "What a file of numbers holds; ValueError or FileNotFoundError with one sentence."
     path = Path(path).expanduser()
     if not path.is_file():
@@ -41,8 +44,8 @@ def read_arrays(path) -> tuple:  # x (N, ...), labels (N,) or None, names of col
         )
     if y is not None and not ((y == y.long()) & (y >= 0)).all():
         raise ValueError(f"{path}: y holds the numbers of classes: 0, 1, 2 and so on")
-    if len(x) < 3:
-        raise ValueError(f"{path} holds {len(x)} examples: 3 are the least")
+    if len(x) < least:
+        raise ValueError(f"{path} holds {len(x)} examples: {least} are the least")
     if x.is_complex():
         raise ValueError(f"{path} holds complex numbers: give each as two real ones")
     if not x.isfinite().all():

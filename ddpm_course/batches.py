@@ -231,7 +231,8 @@ def check_batch(
     if x.is_floating_point() and not x.isfinite().all():
         raise ValueError("the data hold numbers that are NaN or infinite")
     if space.bounds is not None:
-        check_values(x, space.bounds)
+        cure = "scale them, or make the model with bounds=None"
+        check_values(x, space.bounds, cure=cure)
 
 
 def splits(

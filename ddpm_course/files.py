@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .core import cache_folder, choose
 from .layouts import class_names, is_archive, layout, opened
-from .pictures import as_pil, checker
+from .pictures import as_pil, checker, from_pil
 from .shapes import SHAPES, as_size, draw_shapes
 
 # %% ../nbs/96_files.ipynb #6f05bce8
@@ -120,8 +120,7 @@ def read_image(
         im = plain_mode(ImageOps.exif_transpose(im), background, white)
     if channels:
         im = im.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
-    pixels = torch.frombuffer(bytearray(im.tobytes()), dtype=torch.uint8)
-    pixels = pixels.view(im.height, im.width, -1).permute(2, 0, 1)
+    pixels = from_pil(im)
     if len(pixels) == 4:  # nobody sees the colour of what is clear
         pixels[:3, pixels[3] == 0] = 255
     return pixels

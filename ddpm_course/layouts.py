@@ -198,6 +198,8 @@ def rows_of_json(value) -> list:
         return [{"file": k, "label": v} for k, v in value.items()]
     if isinstance(value, list) and all(isinstance(v, dict) for v in value):
         return value
+    if isinstance(value, dict) and isinstance(value.get("samples"), list):
+        return rows_of_json(value["samples"])  # what `ddpm_course sample` writes
     if isinstance(value, dict) and isinstance(value.get("labels"), dict):
         return rows_of_json(value["labels"])
     if isinstance(value, dict) and isinstance(value.get("labels"), list):

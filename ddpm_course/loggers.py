@@ -22,12 +22,12 @@ def write_samples(
     stem: str,  # name of the files without their ending, such as 'images/ema-0000010'
     x,  # samples (N, ...)
     space=None,  # what they are; None: by their shape
-    names=(),  # what each was asked for, written beneath it where the space can
+    names=(),  # what each, or each row, was asked for; written where the space can
 ) -> list:  # names of the files, in the folder; the one to look at first
     "Write samples as their space shows them."
     space, files = space or make_space(tuple(x.shape[1:])), []
     takes = "names" in inspect.signature(space.show).parameters
-    how = dict(names=names) if takes and len(names) == len(x) else {}
+    how = dict(names=names) if takes and len(names) else {}
     for suffix, data in space.show(x, **how).items():
         path = Path(folder, stem + suffix)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,7 @@ class Settings:
         if self.deterministic and self.minutes and not self.total_steps:
             raise ValueError(
                 "how many steps fit into so many minutes is another number each time:"
-                " a deterministic training takes epochs or total_steps"
+                " a deterministic training takes epochs (--epochs)"
             )
         if self.strategy == "fsdp" and self.channels_last:
             raise ValueError("fsdp slices rows of memory: leave channels_last out")

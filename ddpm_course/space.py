@@ -15,8 +15,10 @@ from torch import Tensor
 
 from .core import build, enter
 from ddpm_course.pictures import (
+    beside,
     checker,
     enlarged,
+    from_pil,
     gif_bytes,
     grid,
     named,
@@ -40,6 +42,7 @@ def check_values(
     bounds: tuple = (-1.0, 1.0),  # lowest and highest value that is expected
     beyond: float = 0.01,  # further outside, as a share of their width, is too far
     share: float = 0.0,  # of the numbers that may be too far outside
+    cure: str = "scale them",  # for numbers that are
 ):
     "Warn about numbers beyond the bounds, half of the bounds unused, and no contrast."
     if not x.numel():
@@ -53,7 +56,7 @@ def check_values(
     outside = (x < least - beyond * width) | (x > most + beyond * width)
     reach = f"the numbers reach from {low:.3g} to {high:.3g}, and {least:g} to {most:g}"
     if outside.float().mean() > share:
-        advice = "scale them, or make the model with bounds=None"
+        advice = cure
     elif low >= (least + most) / 2 - edge and low < high:
         advice = "2 * x - 1 makes that of numbers from 0 to 1"
     elif high - low < 2 * edge:
@@ -65,6 +68,8 @@ def check_values(
 
 class Space:
     "What x is: numbers of one shape, in bounds, that can be shown."
+
+    moves = False  # is one example shown as a film?
 
     def __init__(
         self,
@@ -100,12 +105,21 @@ class Space:
         lo, hi = self.bounds or (x.min().item(), x.max().item())
         return (2 * (x.float() - lo) / max(hi - lo, 1e-12) - 1).clamp(-1, 1)
 
-    # names: of the samples, where they can be written beside them
+    # names: of the samples or of their rows, where they can be written beside them
     def show(self, x: Tensor, cols: int = 8, names=()) -> dict:
         "Samples (N, ...) as files: ending -> bytes."
         from safetensors.torch import save
 
         return {".safetensors": save({"x": x.detach().cpu().contiguous()})}
+
+    def picture(self, x: Tensor, cols: int = 8, names=()) -> Tensor:  # (3,H,W) uint8
+        "Samples (N, ...) as one picture; ValueError where there is nothing to see."
+        from PIL import Image
+
+        files = self.show(x, cols)
+        if ".png" not in files:
+            raise ValueError(f"a {type(self).__name__.lower()} is no picture")
+        return from_pil(Image.open(io.BytesIO(files[".png"])).convert("RGB"))
 
     def file(self, x: Tensor) -> tuple:  # ending, bytes
         "One example by itself, as its user would keep it."
@@ -125,7 +139,10 @@ class Images(Space):
         return to_uint8(self.unit(x))
 
     def show(self, x, cols=8, names=()):
-        return {".png": png_bytes(sheet(self.from_x(x.detach().cpu()), cols, names))}
+        return {".png": png_bytes(self.picture(x, cols, names))}
+
+    def picture(self, x, cols=8, names=()):
+        return sheet(self.from_x(x.detach().cpu()), cols, names)
 
     def file(self, x):  # without a frame, and with its transparency
         if len(x) not in (1, 3, 4):
@@ -134,11 +151,13 @@ class Images(Space):
 
 
 def sheet(u8: Tensor, cols: int = 8, names=()) -> Tensor:  # (3,H',W') uint8
-    "Images (N,C,H,W) in rows, twice as large, with their names."
+    "Images (N,C,H,W) in rows, twice as large, with names of all or of the rows."
     times, large = channels_shown(u8), enlarged(seen(u8), 2)
-    if len(names):
+    if len(names) == len(u8):
         large = named(large, [name for name in names for _ in range(times)])
-    return grid(large, cols * times, pad=2)
+    rows = grid(large, cols * times, pad=2)
+    by_row = len(names) < len(u8) and len(names) == -(-len(u8) // cols)
+    return beside(rows, names) if by_row else rows
 
 
 def channels_shown(u8: Tensor) -> int:  # pictures that one example takes
@@ -198,6 +217,8 @@ class Sound(Space):
 @enter("space", "film")
 class Film(Space):
     "Clips (C,T,H,W): T pictures one after the other."
+
+    moves = True
 
     def __init__(
         self,

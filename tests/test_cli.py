@@ -430,7 +430,10 @@ def test_a_floor_of_images_that_the_classifier_may_have_seen_is_told(monkeypatch
 
 
 def test_a_size_is_named_only_where_it_helps(capsys, monkeypatch):
-    monkeypatch.setattr(ddpm_course.evaluation, "classifier_for", lambda dls, device: "a judge")
+    def only_trained(dls, device, train=True):
+        return "a judge" if train else None
+
+    monkeypatch.setattr(ddpm_course.evaluation, "classifier_for", only_trained)
     for channels, folder, told in ((1, True, True), (1, False, False), (3, True, False)):
         assert (
             cli._judge(

@@ -88,9 +88,9 @@ def test_images_of_any_precision_are_read(dtype):
 
 
 RANGES = dict(
-    zero_to_one=(lambda u8: u8 / 255, "from 0 to 1:"),
-    zero_to_255=(lambda u8: u8.float(), "from 0 to 255:"),
-    standardised=(lambda u8: (u8 / 255 - 0.13) / 0.31, "from -0.419 to 2.81:"),
+    zero_to_one=(lambda u8: u8 / 255, "from 0 to 1,"),
+    zero_to_255=(lambda u8: u8.float(), "from 0 to 255,"),
+    standardised=(lambda u8: (u8 / 255 - 0.13) / 0.31, "from -0.419 to 2.81,"),
 )
 
 
@@ -1312,7 +1312,10 @@ def test_a_model_with_other_classes_than_the_data_is_asked_for_its_own():
 
 
 def test_what_has_no_judge_is_said(shipping, tmp_path, monkeypatch):
-    monkeypatch.setattr(ev, "classifier_for", lambda dls, **kw: ev.Classifier(dls.shape, 10).eval())
+    def only_trained(dls, device, train=True):
+        return ev.Classifier(dls.shape, 10).eval() if train else None
+
+    monkeypatch.setattr(ev, "classifier_for", only_trained)
     folder = pictures(tmp_path / "f", pixels(12, size=8))
     said = evaluate(folder, "--against", "digits", "--img-size", 8, "--out", tmp_path / "e.json")
     assert "no classifier ships for digits of 1x8x8 (one ships for 1x16x16: --img-size 16)" in said
