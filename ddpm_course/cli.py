@@ -633,14 +633,18 @@ LAYOUTS = dict(auto=None, channels_first=False, channels_last=True)
 
 
 def _found(options: dict, run):  # run: that goes on, of which the options are
+    from ddpm_course.files import NAMES
+
     try:
         return _data(options)
-    except FileNotFoundError as e:
-        if run is None or not Path(run, "config.json").exists():
+    except (ValueError, OSError):
+        gone = not Path(options["data"]).expanduser().exists()
+        goes_on = run is not None and Path(run, "config.json").exists()
+        if options["data"] in NAMES or not (gone and goes_on):
             raise
         raise ValueError(
-            f"{e}: where the data of {run} have been moved, say --data and where they"
-            " are now"
+            f"the data of {run}, {options['data']}, are not there: where they have been"
+            " moved, say --data and where they are now"
         ) from None
 
 

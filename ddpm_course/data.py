@@ -20,6 +20,7 @@ from .core import choose, tier, to_float
 from ddpm_course.files import (
     Part,
     check_background,
+    check_classes,
     check_count,
     check_images,
     check_labels,
@@ -125,9 +126,12 @@ def drop_duplicates(
         for i, j in twice.items()
     }
     name, reason = next(iter(why.items()))
+    y = part.labels
+    torn = sum(bool(y[i] != y[j]) for i, j in twice.items() if j is not None)
+    also = f"; {torn} of them lay in another class too" if torn else ""
     warnings.warn(
         f"removed {len(why)} exact duplicates from {len(part.names)} images, the first"
-        f" is {name} ({reason})",
+        f" is {name} ({reason}){also}",
         stacklevel=2,
     )
     return part.take([i for i in range(len(part.names)) if i not in twice]), why
@@ -467,6 +471,7 @@ def get_dls(
         name_or_path, frame, channels, on_bad, root, download, **how
     )
     parts, twice = clean_and_split(parts, valid, test, seed, stable=folder)
+    check_classes(parts["train"], classes, twice)
     name = Path(name_or_path).expanduser().resolve().name if folder else name_or_path
     flip = name == "cifar10" and not folder if flip is None else flip
     return parts_dls(

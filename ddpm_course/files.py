@@ -6,8 +6,8 @@
 __all__ = ['TORCHVISION', 'NAMES', 'check_background', 'paper', 'flattened', 'is_grey', 'plain_mode', 'read_image', 'pages',
            'digest', 'decode', 'decode_all', 'report_bad', 'Part', 'pixel_keys', 'set_channels', 'look_at', 'read_part',
            'folder_parts', 'default_root', 'patience', 'torchvision_sets', 'array_part', 'digits_parts',
-           'torchvision_parts', 'check_images', 'check_labels', 'is_path', 'check_count', 'check_shares',
-           'check_options', 'load_parts', 'make_messy_folder']
+           'torchvision_parts', 'check_images', 'check_labels', 'is_path', 'check_count', 'check_classes',
+           'check_shares', 'check_options', 'load_parts', 'make_messy_folder']
 
 # %% ../nbs/96_files.ipynb #50e6f6d6
 import hashlib
@@ -477,6 +477,24 @@ def check_count(
     raise ValueError(f"{what} is a whole number of at least {least}, not {n!r}")
 
 # %% ../nbs/96_files.ipynb #02110355
+def check_classes(
+    train: Part,
+    classes: list,  # their names
+    twice: dict,  # images that were dropped as others have the same pixels
+):
+    "Warn about classes without an image to train on."
+    counts = train.labels.bincount(minlength=len(classes)).tolist()
+    empty = [name for name, n in zip(classes, counts) if n == 0]
+    if empty:
+        why = " (others have the same images)" if twice else ""
+        warnings.warn(
+            f"no image to train on in {', '.join(empty[:8])}"
+            f"{' and more' if len(empty) > 8 else ''}{why}: samples of"
+            f" {'it' if len(empty) == 1 else 'them'} will mean nothing",
+            stacklevel=3,
+        )
+
+
 def check_shares(valid: float, test: float):  # ValueError
     "Shares of the images that are held out."
     for name, share in dict(valid=valid, test=test).items():

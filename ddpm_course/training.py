@@ -628,7 +628,8 @@ def lengthen(self: Diffusion, epochs, minutes, settings: dict):
     old = {k: v for k, v in old.items() if k not in keep}
     steps = self.steps_in(epochs, new) if epochs else new.total_steps
     length = dict(total_steps=self.step + steps) if steps else dict(minutes=minutes)
-    given = {k: v for k, v in settings.items() if k not in keep}
+    measured = ("auto", None)  # then what was measured at the start stays
+    given = {k: v for k, v in settings.items() if k not in keep and v not in measured}
     trainer.settings = Settings(**old | given | length | dict(first_step=self.step))
     for group in trainer.opt.param_groups:
         group.pop("initial_lr", None)
@@ -706,7 +707,7 @@ def loop(self: Diffusion, progress: bool):
     trainer, minutes = self.trainer, self.settings.minutes
     by_clock = trainer.by_clock
     total, unit = (60 * minutes, "s") if by_clock else (trainer.total, "step")
-    begin = self.used() if by_clock else self.step
+    begin = min(self.used(), total) if by_clock else self.step
     bar = tqdm(
         total=total,
         initial=round(begin, 1),
