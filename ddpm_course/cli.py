@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTEXT', 'GUIDANCE', 'SEED', 'WHERE', 'DEVICE', 'IMPORT', 'FOLDER', 'FREE', 'LENGTHS', 'TRAIN', 'LAYOUTS', 'RUN',
-           'Sentences', 'main', 'say', 'train', 'sample', 'morph', 'evaluate', 'info', 'runs', 'progress', 'demo',
-           'export']
+           'PLACE', 'Sentences', 'main', 'say', 'train', 'sample', 'morph', 'evaluate', 'info', 'runs', 'progress',
+           'demo', 'export']
 
 # %% ../nbs/91_cli.ipynb #c47ed54a
 import difflib
@@ -202,6 +202,11 @@ def _config(ctx, param, path):  # options from a JSON file; the command line ove
 
     if path is None:
         return
+    if Path(path).suffix.lower() != ".json":
+        raise ValueError(
+            f"CONFIG is a JSON file with options, not {path}: data are named by --data,"
+            f" as in --data {path}"
+        )
     known = {p.name: p for p in ctx.command.params if isinstance(p, click.Option)}
     given = {}
     for key, value in read_json(path).items():
@@ -702,14 +707,24 @@ def _count(part):  # examples of a split, where somebody knows
 # %% ../nbs/91_cli.ipynb #6bd96e87
 RUN = click.option(
     "--run",
-    required=True,
     type=click.Path(),
     help="Run folder, or a model that ships (digits, shapes, mnist).",
 )
+PLACE = click.argument("place", metavar="[RUN]", required=False, type=click.Path())
 
 
-@main.command()
+def _place(place, run) -> str:  # ValueError for none, or for two
+    if bool(place) == bool(run):
+        raise ValueError(
+            "name one run folder, or a model that ships (digits, shapes, mnist), such"
+            " as --run runs/mine"
+        )
+    return place or run
+
+
+@main.command(short_help="Draw from a trained model: a sheet, a film, a file each.")
 @IMPORT
+@PLACE
 @RUN
 @click.option(
     "--label",
@@ -796,14 +811,28 @@ RUN = click.option(
         " the hardware has them."
     ),
 )
-def sample(run, label, prompt, n, guidance, sampler, settings, out, imports, **options):
-    "Draw from a trained model into a file, a row of images per label."
+def sample(
+    place,
+    run,
+    label,
+    prompt,
+    n,
+    guidance,
+    sampler,
+    settings,
+    out,
+    imports,
+    **options,
+):
+    """Draw from a trained model into a file, a row of images per label. RUN may be
+    given by itself or as --run."""
     from ddpm_course.model import check_step, make_process
     from ddpm_course.outputs import FILMS, Stages
 
     o = types.SimpleNamespace(**options)
     if n < 1:
         raise ValueError(f"--n is a number of images, at least 1, not {n}")
+    run = _place(place, run)
     diff = _model(run, o.device)
     step = check_step(make_process(**diff.process.config), sampler, **settings)
     what = _wanted(diff, run, label, prompt)
@@ -896,10 +925,13 @@ def _write(diff, x, what, n, path, each, stages, first, facts) -> Path:
 # %% ../nbs/91_cli.ipynb #c406ba29
 @main.command()
 @IMPORT
+@PLACE
 @RUN
 @click.option("--from", "a", default="0", help="A seed, or a picture file.")
 @click.option("--to", "b", default="1", help="A seed, or a picture file.")
-@click.option("--label", help="Class to draw, by name or number.")
+@click.option(
+    "--label", help="Class to draw, by name or number [default: nothing is asked for]."
+)
 @click.option(
     "--to-label", help="Class to draw at the end, where it is to be another one."
 )
@@ -922,10 +954,24 @@ def _write(diff, x, what, n, path, each, stages, first, facts) -> Path:
     ),
 )
 @DEVICE
-def morph(run, a, b, label, to_label, frames, steps, guidance, out, device, imports):
+def morph(
+    place,
+    run,
+    a,
+    b,
+    label,
+    to_label,
+    frames,
+    steps,
+    guidance,
+    out,
+    device,
+    imports,
+):
     "From one sample to another, all of them samples of the model."
     from ddpm_course import outputs
 
+    run = _place(place, run)
     diff = _model(run, device)
     ends = [_end(diff, end) for end in (a, b)]
     asked = [_one_label(diff, run, name) for name in (label, to_label)]
@@ -1130,7 +1176,7 @@ def _cautions(numbers, real, dls, features):
         )
 
 # %% ../nbs/91_cli.ipynb #3266ec75
-@main.command()
+@main.command(short_help="Say in numbers how good images are.")
 @click.argument("what", metavar="RUN_OR_FOLDER")
 @click.option(
     "--against",
@@ -1393,7 +1439,7 @@ def progress(reset):
     click.echo(exercises.progress())
 
 # %% ../nbs/91_cli.ipynb #524ad118
-@main.command()
+@main.command(short_help="Two minutes: train on digits, draw, and read the drawn.")
 @click.option(
     "--run",
     default="runs/demo",
@@ -1449,7 +1495,7 @@ def demo(run, minutes):
     )
 
 # %% ../nbs/91_cli.ipynb #6d38e8fd
-@main.command()
+@main.command(short_help="Write a model for onnxruntime, torch.export, diffusers.")
 @click.argument("run", type=click.Path())
 @click.option(
     "--to",
