@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_FLOAT64', 'ROOMS', 'TIERS', 'MOVED', 'choose', 'bcast', 'set_seed', 'example_generators', 'drawn', 'randn', 'rand',
-           'randint', 'finest', 'wide', 'tree', 'leaves', 'size_of', 'enter', 'find', 'build', 'patch',
+           'randint', 'finest', 'wide', 'tree', 'leaves', 'size_of', 'enter', 'Made', 'find', 'build', 'patch',
            'default_device', 'tier', 'by_tier', 'cache_folder', 'at_home', 'keep_memory', 'peak_memory',
            'lesson_report']
 
@@ -217,6 +217,8 @@ def _noting(f, name, cls=None):
             else:
                 settings[key] = value
         if cls is None:
+            if inspect.isfunction(made):
+                made = Made(made, noting, args, kw)
             made.config = _described(f, name, settings)
             return made
         self = settings.pop(next(iter(says.parameters)))
@@ -225,6 +227,24 @@ def _noting(f, name, cls=None):
             vars(self)["config"] = _described(cls, name, settings)
 
     return noting
+
+
+class Made:
+    "A function that another has returned: it knows of what, and so can be pickled."
+
+    def __init__(self, function, maker, args, kw):
+        functools.update_wrapper(self, function)
+        self.function, self.again = function, (maker, args, kw)
+
+    def __call__(self, *args, **kw):
+        return self.function(*args, **kw)
+
+    def __reduce__(self):
+        return _made_again, self.again
+
+
+def _made_again(maker, args, kw):
+    return maker(*args, **kw)
 
 
 def _described(thing, name, settings):

@@ -118,7 +118,8 @@ def jump(denoise, process, x, t, s, generator=None, memory=None, push=0.0):
         assert done.exit_code == 0, done.output
         pictures.append(out.read_bytes())
     plain = diff.space.show(
-        diff.sample([0] * 8 + [1] * 8 + [2] * 8, cfg_scale=2.0, n_steps=3, seed=0)
+        diff.sample([0] * 8 + [1] * 8 + [2] * 8, cfg_scale=2.0, n_steps=3, seed=0),
+        names=diff.classes,
     )
     assert pictures[0] == plain[".png"] != pictures[1]
 

@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import math
+import operator
 import pickle
 import re
 import subprocess
@@ -20,6 +21,7 @@ import ddpm_course
 from ddpm_course import edm, flow, score, sde, solvers  # they enter what they have
 from ddpm_course.core import ROOMS, build, find
 from ddpm_course.denoiser import Denoiser, exact_denoiser
+from ddpm_course.model import Model
 from ddpm_course.process import LEAST, Process, Times
 from ddpm_course.sampling import sample
 
@@ -627,3 +629,29 @@ def test_a_family_is_small():
         assert own <= {k for c in (Process, Times) for k in vars(c)} | {
             "log_abar"
         }, f"{name} brings methods that no other process has"
+
+
+def test_every_family_reaches_another_process_that_was_spawned():
+    "As data loaders and servers on Windows and macOS start theirs: all that is needed is pickled."
+    t = torch.tensor([0.3], dtype=F64)
+    processes = [make_process(name, **kw) for name, kw in ALL.values()]
+    networks = [
+        Denoiser(score.PointNet(dim=3), process, make_param(name))
+        for process in processes
+        for name in PREDICTIONS
+        if carries(process, name)
+    ]
+    for network in networks:
+        network.requires_grad_(False)
+    model = Model(shape=(1, 8, 8), num_classes=2, process="flow", param="velocity", device="cpu")
+    x = torch.ones(1, 3)
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        alphas = pool.map(operator.methodcaller("alpha", t), processes)
+        estimates = pool.map(operator.methodcaller("__call__", x, t.float()), networks)
+        described = pool.map(operator.methodcaller("describe"), [model])
+        rules = pool.map(callable, [make_step(name) for name in SAMPLERS])
+    for process, alpha in zip(processes, alphas):
+        assert torch.equal(process.alpha(t), alpha), process
+    for network, estimate in zip(networks, estimates):
+        assert torch.equal(network(x, t.float()), estimate)
+    assert described == [model.describe()] and all(rules)
