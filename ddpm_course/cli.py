@@ -480,7 +480,8 @@ TRAIN = [  # name, settings of click.option
         dict(
             help=(
                 "How much an error of x0 counts at a noise level: x0, snr, v, min_snr,"
-                " edm [default: each error of the network counts the same]."
+                " edm, with settings such as 'min_snr(gamma=3)' [default: each error of"
+                " the network counts the same]."
             ),
         ),
     ),
@@ -489,7 +490,8 @@ TRAIN = [  # name, settings of click.option
         dict(
             help=(
                 "Where training looks: uniform, whole, logit_normal, log_normal or"
-                " process [default: where the process says]."
+                " process, with settings such as 'logit_normal(mean=0.3)' [default:"
+                " where the process says]."
             ),
         ),
     ),
@@ -600,8 +602,8 @@ def train(config=None, imports=(), **options):
         dls.classes,
         device=device,
         seed=o.seed,
-        weight=o.weight,
-        times=o.times,
+        weight=_called("weight", o.weight),
+        times=_called("times", o.times),
         space=getattr(dls, "space", None),
     )
     say(_summary(dls, diff, predict))
@@ -632,6 +634,16 @@ def train(config=None, imports=(), **options):
         f"step {diff.step} | loss {last['loss']:.4f} | validation loss {valid:.4f} |"
         f" {seconds:.0f} s | {run} | {path}"
     )
+
+
+def _called(kind: str, text):  # 'min_snr', 'min_snr(gamma=3)'; None: None
+    from ddpm_course.model import make
+
+    if text is None:
+        return None
+    name, bracket, rest = text.partition("(")
+    settings = rest.rstrip().removesuffix(")").split(",") if bracket else []
+    return make(kind, name.strip(), **_setting(None, None, filter(None, settings)))
 
 
 LAYOUTS = dict(auto=None, channels_first=False, channels_last=True)
