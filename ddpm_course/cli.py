@@ -570,6 +570,7 @@ def train(config=None, imports=(), **options):
     from ddpm_course.files import is_path
     from ddpm_course.loggers import write_samples
     from ddpm_course.model import check_param
+    from ddpm_course.page import write_page
     from ddpm_course.runs import named_run
     from ddpm_course.training import Diffusion
 
@@ -592,7 +593,11 @@ def train(config=None, imports=(), **options):
             f"the run folder {run} lies in the data folder {o.data}, and its pictures"
             " would be trained on: give a --run outside of it"
         )
-    dls = _found(options, run if again else None)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always", UserWarning)
+        dls = _found(options, run if again else None)
+    for note in notes:
+        warnings.warn(note.message)
     diff = Diffusion(
         _network(o.network, dls, o.init),
         process,
@@ -628,11 +633,12 @@ def train(config=None, imports=(), **options):
     x = diff.sample(labels, n=n, cfg_scale=scale, n_steps=25, seed=o.seed)
     names = list(map(diff.cond.name, rows))
     path = run / write_samples(run, "samples", x, diff.space, names)[0]
+    page = write_page(run, dls, diff, [str(note.message) for note in notes])
     last = diff.history[-1] if diff.history else dict(loss=float("nan"))
     valid, seconds = last.get("valid_loss", float("nan")), time.perf_counter() - start
     click.echo(
         f"step {diff.step} | loss {last['loss']:.4f} | validation loss {valid:.4f} |"
-        f" {seconds:.0f} s | {run} | {path}"
+        f" {seconds:.0f} s | {run} | {path}{f' | {page}' if page else ''}"
     )
 
 

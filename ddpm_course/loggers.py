@@ -28,6 +28,7 @@ def write_samples(
     space, files = space or make_space(tuple(x.shape[1:])), []
     takes = "names" in inspect.signature(space.show).parameters
     how = dict(names=names) if takes and len(names) else {}
+    how |= dict(cols=10) if len(x) in (9, 10) else {}  # ten classes in a row
     for suffix, data in space.show(x, **how).items():
         path = Path(folder, stem + suffix)
         path.parent.mkdir(parents=True, exist_ok=True)

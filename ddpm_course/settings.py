@@ -30,6 +30,7 @@ class Settings:
 
     lr: float = 2e-3  # highest learning rate
     weight_decay: float = 0.01  # AdamW
+    beta2: float = 0.999  # AdamW: its mean of squared gradients is over 1 / (1 - beta2)
     clip: float = 1.0  # longest gradient
     accumulate: int = 1  # batches per optimizer step
     ema_beta: float = 0.995  # see ema.EMA
@@ -52,6 +53,12 @@ class Settings:
     def __post_init__(self):
         choose(self.precision, {**PRECISIONS, "auto": None}, "precision")
         choose(self.strategy, dict(ddp=0, fsdp=0), "strategy")
+        for name in ("ema_beta", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} is the share of the past in a mean, from 0 to below 1, not"
+                    f" {getattr(self, name)}"
+                )
         for name in ("lr", "clip", "accumulate"):
             if not getattr(self, name) > 0:
                 raise ValueError(

@@ -81,7 +81,11 @@ class Trainer:
         weights, kind = self.denoiser.parameters(), model.device.type
         decay = settings.weight_decay
         self.opt = torch.optim.AdamW(
-            weights, lr=settings.lr, weight_decay=decay, fused=kind != "mps"
+            weights,
+            lr=settings.lr,
+            betas=(0.9, settings.beta2),
+            weight_decay=decay,
+            fused=kind != "mps",
         )
         self.sched = schedule(self.opt, settings)
         scaled = settings.precision == "float16" and kind == "cuda"
