@@ -109,7 +109,9 @@ def ours(bench: Bench, budget: int, seed: int):
     args, dls = bench.args, bench.dls
     dls.train.batch_size = 32
     start = time.perf_counter() - bench.loading
-    diff = Diffusion(shape=dls.shape, num_classes=dls.num_classes, device=args.device, seed=seed)
+    what = dict(shape=dls.shape, num_classes=dls.num_classes, device=args.device, seed=seed)
+    # what `ddpm_course train` does with minutes, and without
+    diff = Diffusion(**what, times="logit_normal" if args.plan == "hold" else None)
     if args.by_images:
         clocks = {
             (r["guidance"], r["seed"]): clock(r)
@@ -125,6 +127,8 @@ def ours(bench: Bench, budget: int, seed: int):
         rate = statistics.median(c["seen"] / c["seconds"] for c in clocks.values())
         steps = max(round(budget * rate / dls.train.batch_size), 1)
         length = dict(total_steps=steps, plan=args.plan)
+        if args.plan == "hold":
+            length |= dict(optimizer="muon", beta2=0.99)  # as by the clock
     else:
         length = dict(minutes=(budget - (time.perf_counter() - start)) / 60)
     diff.fit(dls, **length, loggers=[], progress=False)

@@ -491,12 +491,23 @@ TRAIN = [  # name, settings of click.option
             help=(
                 "Where training looks: uniform, whole, logit_normal, log_normal or"
                 " process, with settings such as 'logit_normal(mean=0.3)' [default:"
-                " where the process says]."
+                " where the process says; with --minutes, logit_normal if that is"
+                " everywhere]."
             ),
         ),
     ),
     ("--lr", dict(default=2e-3, help="Highest learning rate.")),
     ("--accumulate", dict(default=1, help="Batches per step.")),
+    (
+        "--optimizer",
+        dict(
+            type=click.Choice(["auto", "adamw", "muon"]),
+            default="auto",
+            help=(
+                "What makes steps of gradients; auto: muon with --minutes, else adamw."
+            ),
+        ),
+    ),
     (
         "--network",
         dict(
@@ -582,8 +593,13 @@ def train(config=None, imports=(), **options):
         options = _as_before(run, options)
     elif options["minutes"] is None and options["epochs"] is None:
         options["minutes"] = 10.0
+    process = _process(options["process"], options["schedule"], options["set"])
+    new = not (again and checkpoints(run))
+    # each time alike often? then a training by the clock learns more in the middle
+    alike = process.times in ("uniform", "whole")
+    if new and options["minutes"] and alike:
+        options["times"] = options["times"] or "logit_normal"
     o = types.SimpleNamespace(**options)
-    process = _process(o.process, o.schedule, o.set)
     predict = check_param(process, o.predict)
     device = default_device(o.device)
     if is_path(o.data) and run.resolve().is_relative_to(
@@ -623,6 +639,7 @@ def train(config=None, imports=(), **options):
     again = dict(resume=o.resume, extend=o.extend, init=o.init)
     how = dict(lr=o.lr, precision=o.precision, accumulate=o.accumulate)
     how |= dict(channels_last=LAYOUTS[o.layout], deterministic=o.deterministic)
+    how |= {} if o.optimizer == "auto" else dict(optimizer=o.optimizer)
     how |= dict(run=run, wandb=o.wandb)
     _fit(diff, dls, o.epochs, o.minutes, o.data_changed, **again, **how)
     if not is_first():

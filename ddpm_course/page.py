@@ -13,6 +13,7 @@ import html
 import io
 import shlex
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from .checkpoint import CheckpointError, read_json, write_atomic
 from .denoiser import Denoiser, loss_floor
 from .evaluation import memorisation, nearest_neighbours
 from .loggers import read_log
-from .pictures import enlarged, grid, png_bytes, to_float
+from .pictures import enlarged, grid, png_bytes
 from .report import MEANING
 from .space import seen
 
@@ -70,17 +71,18 @@ def floor_of(diff, dls) -> float | None:  # None where it is not defined, or too
     "The least loss that is possible on the training images."
     d, train = diff.model, getattr(dls, "train", None)
     kind = getattr(d, "draws_as", type(d))
-    plain = kind is Denoiser and d.weight is None and d.times is None
+    plain = kind is Denoiser and d.weight is None
     labels, images = getattr(train, "labels", None), getattr(train, "source", None)
     if not plain or not torch.is_tensor(images) or images.numel() > MOST:
         return None
-    x, told = to_float(images).cpu(), diff.cond.config["name"] == "labels"
+    x, told = diff.space.to_x(images).cpu(), diff.cond.config["name"] == "labels"
     y = labels.cpu() if told else None
     if train.flip:
         x, y = torch.cat([x, x.flip(-1)]), torch.cat([y, y]) if told else None
     process, param = copy.deepcopy(d.process).cpu(), d.param
-    t = process.t_max * (torch.arange(12) + 0.5) / 12
     g = torch.Generator().manual_seed(0)
+    law = process.sample_t if d.times is None else partial(d.times, process)
+    t = law(1200, generator=g).sort().values[50::100]  # twelve, where training looks
     return loss_floor(process, param, x, t, 48, g, y).mean().item()
 
 

@@ -29,7 +29,8 @@ class Settings:
     "How to train; written into the run folder. ValueError for what makes no sense."
 
     lr: float = 2e-3  # highest learning rate
-    weight_decay: float = 0.01  # AdamW
+    optimizer: str = "adamw"  # or 'muon', which `minutes` take; see muon.Muon
+    weight_decay: float = 0.01
     beta2: float = 0.999  # AdamW: its mean of squared gradients is over 1 / (1 - beta2)
     clip: float = 1.0  # longest gradient
     accumulate: int = 1  # batches per optimizer step
@@ -53,6 +54,7 @@ class Settings:
     def __post_init__(self):
         choose(self.precision, {**PRECISIONS, "auto": None}, "precision")
         choose(self.strategy, dict(ddp=0, fsdp=0), "strategy")
+        choose(self.optimizer, dict(adamw=0, muon=0), "optimizer")
         for name in ("ema_beta", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
@@ -76,6 +78,8 @@ class Settings:
                 "how many steps fit into so many minutes is another number each time:"
                 " a deterministic training takes epochs (--epochs)"
             )
+        if self.strategy == "fsdp" and self.optimizer == "muon":
+            raise ValueError("fsdp slices matrices, and muon turns whole ones: adamw")
         if self.strategy == "fsdp" and self.channels_last:
             raise ValueError("fsdp slices rows of memory: leave channels_last out")
         if self.strategy == "fsdp" and self.precision == "float16":

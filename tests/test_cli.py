@@ -234,6 +234,26 @@ def test_trained_for_real_resumed_and_told(process, monkeypatch, tmp_path):
     )
 
 
+def test_what_the_clock_chooses_is_written_down(monkeypatch, tmp_path):
+    "With --minutes: Muon and times from the middle, unless told; with --epochs neither."
+    monkeypatch.setattr(ddpm_course.data, "get_dls", lambda *a, **kw: tiny_dls(size=16))
+
+    def chosen(name, *args):
+        quick = ["--precision", "float32", "--layout", "channels_first", "--device", "cpu"]
+        run("train", *args, *quick, "--run", tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))
+        times = config["model"].get("times")
+        return config["training"]["optimizer"], times and times["name"]
+
+    brief = ["--minutes", 0.01]
+    assert chosen("a", *brief) == ("muon", "logit_normal")
+    assert chosen("b", *brief, "--times", "uniform") == ("muon", "uniform")
+    assert chosen("c", *brief, "--process", "edm", "--optimizer", "adamw") == ("adamw", None)
+    assert chosen("d", "--epochs", 1) == ("adamw", None)
+    said = run("train", "--run", tmp_path / "d", "--extend", *brief)  # as it was
+    assert "is extended" in said and chosen("d", "--extend", *brief) == ("adamw", None)
+
+
 # ---- folders
 def pictures(folder, n=120, mode="RGB", classes=("",), size=8):
     "Random pixels; mode 'grey' is grey, stored as colour."

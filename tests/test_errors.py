@@ -77,7 +77,7 @@ NAMES = dict(
     setting=(
         lambda: tiny_diffusion().prepare(tiny_dls(), epochs=1, weightdecay=0.1),
         "'weight_decay'",
-        "'lr', 'weight_decay', 'clip'",
+        "'lr', 'optimizer', 'weight_decay'",
     ),
 )
 

@@ -403,12 +403,14 @@ def test_previous_checkpoint_is_kept(tmp_path):
     assert [p.name for p in checkpoints(tmp_path / "r")] == ["step-000000012", "step-000000016"]
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_resume_in_the_middle_of_an_epoch_is_bit_for_bit(tmp_path, accumulate):
+def test_resume_in_the_middle_of_an_epoch_is_bit_for_bit(tmp_path, accumulate, optimizer):
+    how = dict(accumulate=accumulate, optimizer=optimizer)
     whole = tiny_diffusion().fit(
-        tiny_dls(), epochs=3, run=tmp_path / "a", progress=False, accumulate=accumulate, **QUICK
+        tiny_dls(), epochs=3, run=tmp_path / "a", progress=False, **how, **QUICK
     )
-    interrupted(tmp_path / "b", at=3, accumulate=accumulate)
+    interrupted(tmp_path / "b", at=3, **how)
     again = tiny_diffusion().fit(tiny_dls(), run=tmp_path / "b", resume=True, progress=False)
     assert same_weights(whole, again)
     lines = read_log(tmp_path / "b")
