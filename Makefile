@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export GOMP_SPINCOUNT ?= 3000
 .DEFAULT_GOAL := help
 NAME ?= mnist
-.PHONY: help setup demo test lab export outputs weights bench site mutants clean distclean
+.PHONY: help setup demo test lab export outputs weights bench site student mutants clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -49,11 +49,14 @@ bench: $(STAMP) ## measure speed and quality beside other projects: hours (ARGS=
 site: $(STAMP) ## write the website to _site (open _site/index.html, no server needed)
 	$(PY) site/prepare.py _site/.source && $(PY) -m sphinx -q -W -b html -c site _site/.source _site && echo "_site/index.html"
 
+student: $(STAMP) ## write the lessons with blanks instead of solutions to _student (open one in JupyterLab)
+	$(PY) tools/student.py _student $(ARGS)
+
 mutants: $(STAMP) ## put known mistakes back one by one and see a test fail
 	$(PY) tools/mutants.py $(ARGS)
 
 clean: ## remove build products and caches (runs/ stays: it is your work)
-	rm -rf build dist _proc _docs _site .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist _proc _docs _site _student .pytest_cache .ruff_cache .hypothesis
 	find . -path './.venv*' -prune -o -path ./.git -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints -o -name '*.egg-info' \) -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv and .venv-colab too

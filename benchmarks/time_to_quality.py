@@ -46,6 +46,8 @@ NAMES = dict(
     denoising_diffusion_pytorch="denoising_diffusion_pytorch, dim 32",
     diffusers="diffusers UNet2DModel 32/64/64",
 )
+CYCLE = "ours, one cycle"  # rows of --plan one_cycle
+ROWS = {"ours": NAMES["ours"], CYCLE: f"{NAMES['ours']}, AdamW and one cycle"} | NAMES
 TARGET, GOAL = 300, 2.0  # seconds and guidance of ours that the peers are measured against
 COUNTED = "The rows of {} were trained for the images that their speed by the clock gives{}. "
 # of rows that do not know how long their start took
@@ -154,7 +156,7 @@ def ours(bench: Bench, budget: int, seed: int):
         if told:
             seconds, sampling = seen / rate, told["per_sample"] * len(y)
         bench.save(
-            "ours" if args.plan == "hold" else "ours, one cycle",
+            "ours" if args.plan == "hold" else CYCLE,
             budget,
             images,
             y,
@@ -162,12 +164,12 @@ def ours(bench: Bench, budget: int, seed: int):
             told,
             seed=seed,
             guidance=scale,
-            lr=diff.settings.lr,
+            lr=found.lr,
             seconds=seconds,
             parameters=sum(p.numel() for p in diff.model.parameters()),
             seen=seen,
             recipe=(
-                f"{args.plan.replace('_', ' ')} {diff.settings.lr:g}, batch 32,"
+                f"{found.optimizer}, {args.plan.replace('_', ' ')} {found.lr:g}, batch 32,"
                 f" {diff.config['param']['name']},"
                 f" {diff.process.config['schedule']}, {found.precision},"
                 f" {'channels_last' if found.channels_last else 'contiguous'}; Euler, 20 steps, in"
@@ -301,7 +303,7 @@ def reached(rows: list, peer: list):
 
 def verdict(rows: list, name: str, lr=None) -> str:
     peer = [r for r in rows if r["model"] == name and r["lr"] == lr]
-    if name == "ours" or target(rows, peer[0]["quality"][0]["n"]) is None:
+    if name in ("ours", CYCLE) or target(rows, peer[0]["quality"][0]["n"]) is None:
         return ""
     longest = max(r["budget"] for r in peer)
     return (
@@ -316,17 +318,16 @@ def table(rows: list) -> str:
 
     groups = {}
     for r in sorted(
-        rows, key=lambda r: (r["budget"], list(NAMES).index(r["model"]), -(r["guidance"] or 0))
+        rows, key=lambda r: (r["budget"], list(ROWS).index(r["model"]), -(r["guidance"] or 0))
     ):
-        groups.setdefault(
-            (r["budget"], r["model"], r["guidance"], None if r["model"] == "ours" else r["lr"]), []
-        ).append(r)
+        lr = None if r["model"] in ("ours", CYCLE) else r["lr"]
+        groups.setdefault((r["budget"], r["model"], r["guidance"], lr), []).append(r)
     lines = []
     for (_, name, scale, lr), found in groups.items():
         best = [r["quality"][-1] for r in found]
         lines.append(
             [
-                NAMES[name]
+                ROWS[name]
                 + (f", guidance {scale:g}" if scale else "")
                 + (f", learning rate {lr:g}" if lr else ""),
                 over_seeds([r["seconds"] for r in found]),
@@ -343,7 +344,7 @@ def table(rows: list) -> str:
     counted = {"ours": [], "the peers": []}  # by images
     for r in rows:
         if r.get("by") == "images":
-            counted["ours" if r["model"] == "ours" else "the peers"].append(r)
+            counted["ours" if r["model"] in ("ours", CYCLE) else "the peers"].append(r)
     who = " and ".join(
         f"{', '.join(f'{b:,}' for b in sorted({r['budget'] for r in found}))} s of {name}"
         for name, found in counted.items()
@@ -363,8 +364,8 @@ def table(rows: list) -> str:
         f"as good as ours at {TARGET} s",
     ]
     recipes = [
-        f"* {NAMES[m]}: {next(r['recipe'] for r in rows if r['model'] == m)}"
-        for m in NAMES
+        f"* {ROWS[m]}: {next(r['recipe'] for r in rows if r['model'] == m)}"
+        for m in ROWS
         if any(r["model"] == m for r in rows)
     ]
     return "\n".join(

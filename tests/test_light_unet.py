@@ -514,6 +514,7 @@ def test_export_with_any_number_of_examples(dims, kind, strict):
 
 @pytest.mark.parametrize("dims, kind", [(2, "labels"), (2, "all"), (1, "all"), (3, "all")])
 def test_compiles_in_one_piece(dims, kind):
+    torch.compiler.reset()  # else it remembers the shapes of other tests, and is 20 times slower
     net = small(4, dims=dims, **(RICH if kind == "all" else {})).float()
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     x, t, cond = graph_inputs(dims, kind, 2)

@@ -10,7 +10,7 @@ No name means all of them. The working copy is not changed.
     reference  nbdev_test on the notebooks that are no lessons, and on the answers
     lessons    tools/anywhere.py: each lesson, and the index, by itself, from the wheel, without a
                network; and once more without the training cells
-    pytest     pytest -n 2 --dist loadfile tests
+    pytest     pytest -n 3 --dist loadfile tests
 
 `nbdev_test` runs the lessons too, on the source tree: continuous integration does that besides. The
 longest notebooks and test files go first (tools/times.py). At the end stands where the time went.
@@ -186,7 +186,8 @@ def check_lessons() -> bool:
 
 
 def check_pytest() -> bool:
-    options = ["-q", "-n", str(WORKERS), "--dist", "loadfile", "--no-loadscope-reorder"]
+    # one more than cores: tests of several processes wait for them to start
+    options = ["-q", "-n", str(WORKERS + 1), "--dist", "loadfile", "--no-loadscope-reorder"]
     options += ["--keep-times", "--shots", ".pytest_cache/shots", "tests"]
     return command("pytest", *options).returncode == 0
 
