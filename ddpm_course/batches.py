@@ -36,8 +36,10 @@ def unpack(
         cond = next(iter(rest.values())) if len(rest) == 1 else rest or None
     elif isinstance(batch, (tuple, list)):
         if not 1 <= len(batch) <= 3:
+            what = type(batch[0]).__name__ if batch else "things"
             raise ValueError(
-                f"a batch is x, (x, cond) or (x, cond, eps), not {len(batch)} things"
+                f"a batch is x, (x, cond) or (x, cond, eps), not {len(batch)} of"
+                f" {what}: make one tensor of its examples (torch.stack)"
             )
         x, cond, eps = (*batch, None, None)[:3]
     else:
@@ -219,9 +221,12 @@ def check_batch(
 ):  # ValueError where the batch does not fit
     "Look at a batch of a Feed; values far outside of the bounds are warned about."
     what = type(space).__name__.lower()
-    if tuple(x.shape[1:]) != space.shape:
+    given = tuple(x.shape[1:])
+    if given != space.shape:
+        last = len(given) > 1 and (given[-1], *given[:-1]) == space.shape
+        hint = ": channels come first (x.movedim(-1, 1))" if last else ""
         raise ValueError(
-            f"the {what} are {tuple(x.shape[1:])}, the model was made for {space.shape}"
+            f"the {what} are {given}, the model was made for {space.shape}{hint}"
         )
     if eps is not None and eps.shape != x.shape:
         raise ValueError(

@@ -156,14 +156,33 @@ class Labels(Condition):
     def null(self, cond):
         return torch.full_like(cond, self.n)
 
+    def encode(self, cond):  # names of classes, too
+        named = isinstance(cond, list) and all(isinstance(c, str) for c in cond)
+        return torch.tensor([self.number(c) for c in cond]) if named else cond
+
     def check(self, cond, n):
-        whole = isinstance(cond, Tensor) and cond.ndim == 1
-        if whole and not cond.is_floating_point() and len(cond) == n:
-            if int(cond.min()) >= 0 and int(cond.max()) < self.n:
-                return
-        raise ValueError(
-            f"the model has {self.n} classes, the data labels outside 0..{self.n - 1}"
-        )
+        if cond is None:
+            raise ValueError(
+                f"the model has {self.n} classes, and the data bring no labels"
+            )
+        if not isinstance(cond, Tensor) or cond.ndim != 1 or cond.is_floating_point():
+            given = type(cond).__name__
+            if isinstance(cond, Tensor):
+                given = f"{cond.dtype} {tuple(cond.shape)}"
+            hint = ""
+            if isinstance(cond, Tensor) and cond.shape == (n, self.n):
+                hint = ": one-hot rows become labels by .argmax(1)"
+            raise ValueError(
+                f"labels are ({n},) whole numbers or names of classes, not"
+                f" {given}{hint}"
+            )
+        if len(cond) != n:
+            raise ValueError(f"{len(cond)} labels for {n} examples")
+        if not 0 <= int(cond.min()) <= int(cond.max()) < self.n:
+            raise ValueError(
+                f"the model has {self.n} classes, the data labels outside"
+                f" 0..{self.n - 1}: they go from {cond.min()} to {cond.max()}"
+            )
 
     def preview(self, page=0):
         pages = -(-self.n // PAGE)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NO_FLOAT64', 'ROOMS', 'TIERS', 'MOVED', 'choose', 'bcast', 'set_seed', 'example_generators', 'drawn', 'randn', 'rand',
-           'randint', 'finest', 'wide', 'tree', 'leaves', 'size_of', 'enter', 'Made', 'find', 'build', 'patch',
-           'default_device', 'tier', 'by_tier', 'cache_folder', 'at_home', 'keep_memory', 'peak_memory',
+           'randint', 'finest', 'wide', 'tree', 'leaves', 'size_of', 'enter', 'Made', 'find', 'check_settings', 'build',
+           'patch', 'default_device', 'tier', 'by_tier', 'cache_folder', 'at_home', 'keep_memory', 'peak_memory',
            'lesson_report']
 
 # %% ../nbs/92_core.ipynb #fd18c3cb
@@ -279,6 +279,27 @@ def find(
     raise ValueError(f"{kind} {name!r} comes from elsewhere: `import {module}` first")
 
 
+def check_settings(
+    kind: str,
+    name: str,
+    thing,  # a class, or a function whose arguments with defaults are its settings
+    settings,  # their names
+):  # ValueError for one that it does not have
+    "Refuse settings that a thing does not have, and say which it has."
+    maker = inspect.isclass(thing) or hasattr(thing, "__wrapped__")
+    takes = inspect.signature(thing).parameters
+    names = [k for k, p in takes.items() if maker or p.default is not p.empty]
+    given = ("generator", "memory", "device")  # by whoever calls it
+    names = [k for k in names if k not in given]
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())
+    for key in settings:
+        if key not in takes and not anything:
+            near = difflib.get_close_matches(key, names, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            has = f"it has {', '.join(names)}" if names else "it has none"
+            raise ValueError(f"{kind} {name!r} has no setting {key!r}: {has}.{hint}")
+
+
 def build(
     kind: str,
     name: str,
@@ -287,18 +308,8 @@ def build(
 ):  # the thing; ValueError for an unknown name, or a setting that it does not have
     "Make something again from its description: `build('process', **process.config)`."
     thing = find(kind, name, module)
-    maker = inspect.isclass(thing) or hasattr(thing, "__wrapped__")
-    takes = inspect.signature(thing).parameters
-    names = [k for k, p in takes.items() if maker or p.default is not p.empty]
-    names = [k for k in names if k not in ("generator", "memory")]  # not settings
-    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())
-    for key in settings:
-        if key not in names and not anything:
-            near = difflib.get_close_matches(key, names, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            has = f"it has {', '.join(names)}" if names else "it has none"
-            raise ValueError(f"{kind} {name!r} has no setting {key!r}: {has}.{hint}")
-    if maker:
+    check_settings(kind, name, thing, settings)
+    if inspect.isclass(thing) or hasattr(thing, "__wrapped__"):
         return thing(**settings)
     if not settings:
         return thing

@@ -166,7 +166,8 @@ def split_part(
     part: Part,
     fractions: dict,  # e.g. dict(valid=0.1, test=0.1); the rest is train
     seed: int = 0,
-    # True: nobody moves when an image is added; False: exact shares in each class
+    # True: in classes that owe 5 images or more, one that is added moves no other,
+    # and the share is kept on average; False: exact shares in each class
     stable: bool = False,
 ) -> dict:  # {'train': Part, ...}; parts may be empty
     """Split class by class, by the random number that each image carries. A class gives
@@ -181,18 +182,17 @@ def split_part(
     out, edge = {}, 0.0
     for name, share in fractions.items():
         edge += share
+        able = [i for i in order if u[i] < edge] if stable else order
+        limit = {c: in_share(n * share) for c, n in sizes.items()}
         if stable:
-            below = [i for i in order if u[i] < edge]
-            chosen = held_out(below, y, sizes, spare)
-        else:
-            limit = {c: in_share(n * share) for c, n in sizes.items()}
-            chosen = held_out(order, y, limit, spare)
-            # what small classes owe together, one image of each
-            small = {c: 1 for c, n in sizes.items() if n * share < 5}
-            owed = int(share * sum(sizes[c] for c in small))
-            owed -= sum(y[i] in small for i in chosen)
-            others = [i for i in without(order, chosen) if y[i] in small]
-            chosen += held_out(others, y, small, spare, owed)
+            limit = {c: sizes[c] if n >= 5 else n for c, n in limit.items()}
+        chosen = held_out(able, y, limit, spare)
+        # what small classes owe together, one image of each that gave too little
+        small = {c: n * share % 1 > 1e-9 for c, n in sizes.items() if n * share < 5}
+        owed = int(share * sum(sizes[c] for c in small))
+        owed -= sum(y[i] in small for i in chosen)
+        others = [i for i in without(able, chosen) if y[i] in small]
+        chosen += held_out(others, y, small, spare, owed)
         if not chosen and share > 0:  # few images: one
             chosen = held_out(order, y, sizes, spare, 1)
         out[name], order = sorted(chosen), without(order, chosen)
@@ -354,7 +354,7 @@ def clean_and_split(
         why = f"no class of these {len(whole.names)} images can spare one"
     else:
         split = dict(train=whole) | {k: whole.take([]) for k in missing}
-        why = f"only {len(whole.names)} images"
+        why = f"too few images ({len(whole.names)})"
     none = [k for k, share in missing.items() if share > 0 and not split[k].names]
     if none:
         warnings.warn(

@@ -141,9 +141,19 @@ def by_folder(folder: Path) -> Found:
     if not classes:
         found.add(find_images(folder))
         return found
-    for sub in classes:
-        found.add(find_images(sub), sub.name)
-    if beside := list_images(folder, deep=False):
+    inside = {sub.name: find_images(sub) for sub in classes}
+    beside, n = list_images(folder, deep=False), sum(map(len, inside.values()))
+    if len(beside) > n:
+        warnings.warn(
+            f"no classes: {len(beside)} images lie in {folder} itself, and {n} in its"
+            f" folders ({', '.join(inside)}); all are taken",
+            stacklevel=2,
+        )
+        found.add(find_images(folder))
+        return found
+    for name, paths in inside.items():
+        found.add(paths, name)
+    if beside:
         warnings.warn(
             f"ignored {len(beside)} images that lie beside the class folders in"
             f" {folder}",

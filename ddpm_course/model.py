@@ -37,6 +37,7 @@ from .cond import Labels, make_cond
 from ddpm_course.core import (
     ROOMS,
     build,
+    check_settings,
     choose,
     default_device,
     example_generators,
@@ -512,6 +513,8 @@ def draw(
     if isinstance(step, str):
         step = check_step(copy.deepcopy(process).cpu(), step, **settings)
         settings = {}
+    else:
+        check_settings("sampler", getattr(step, "__name__", "given"), step, settings)
     if isinstance(start, tuple):
         start, t = start
         ts = grid_from(process, t, n_steps, device)

@@ -200,12 +200,15 @@ def neighbours(diff, dls, n: int = 48, shown: int = 8, most: int = 8000) -> str:
     x = diff.space.from_x(diff.sample(what, n=None if what else n, **how).cpu())
     real = some(train, most)
     heldout = [some(b, most // 2) for b in (dls.valid, dls.test) if len(b.labels)]
-    near = nearest_neighbours(x[:shown], real, min(3, len(real)))[1]
+    with warnings.catch_warnings():  # grey samples, light pictures: nothing is wrong
+        warnings.simplefilter("ignore")
+        near = nearest_neighbours(x[:shown], real, min(3, len(real)))[1]
+        m = memorisation(x, real, torch.cat(heldout)) if heldout else None
     rows = torch.cat([x[:shown, None], real[near]], 1).flatten(0, 1)
     picture = enlarged(grid(seen(rows), 1 + near.shape[1], pad=2), 2)
     alt = "Rows of a sample and the training images that are nearest to it"
     told = (
-        copying(memorisation(x, real, torch.cat(heldout)), n)
+        copying(m, n)
         if heldout
         else (
             "Nothing was held out, so that nobody can tell whether the model copies:"

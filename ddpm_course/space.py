@@ -48,7 +48,8 @@ def check_values(
     if not x.numel():
         return
     low, high = x.min(), x.max()
-    if x.dtype == torch.uint8:
+    is_bytes = x.dtype == torch.uint8  # they have one meaning only
+    if is_bytes:
         low, high = to_float(torch.stack([low, high]))
         x = low
     low, high, (least, most) = low.item(), high.item(), bounds
@@ -57,7 +58,7 @@ def check_values(
     reach = f"the numbers reach from {low:.3g} to {high:.3g}, and {least:g} to {most:g}"
     if outside.float().mean() > share:
         advice = cure
-    elif low >= (least + most) / 2 - edge and low < high:
+    elif not is_bytes and low >= (least + most) / 2 - edge and low < high:
         advice = "2 * x - 1 makes that of numbers from 0 to 1"
     elif high - low < 2 * edge:
         advice = "there is next to nothing to see in them"

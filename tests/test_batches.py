@@ -379,7 +379,7 @@ def test_the_mean_loss_counts_examples_not_batches():
 def test_a_later_batch_that_does_not_fit_is_refused():
     with pytest.raises(ValueError):
         fit([*pairs(), ("words", Y)], epochs=1)
-    with pytest.raises(ValueError, match="not 4 things"):
+    with pytest.raises(ValueError, match="not 4 of Tensor"):
         unpack((X, Y, X, X))
 
 

@@ -427,6 +427,32 @@ def test_images_beside_classes_are_named(tmp_path):
         get_dls(tmp_path, 8)
 
 
+def test_more_images_beside_the_folders_than_in_them_are_no_classes(tmp_path):
+    make_folder(tmp_path, {"more": 2, ".": 9})
+    with pytest.warns(UserWarning, match="no classes: 9 images lie in .* and 2 in .*more"):
+        d = get_dls(tmp_path, 8)
+    assert d.num_classes == 0 and sum(len(b.labels) for b in (d.train, d.valid, d.test)) == 11
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("stable", [True, False])
+def test_never_more_is_held_out_than_was_asked_for(stable, seed):
+    g = torch.Generator().manual_seed(seed)
+    n = int(torch.randint(20, 130, (), generator=g))
+    pixels = torch.randint(0, 256, (n, 1, 4, 4), generator=g, dtype=torch.uint8)
+    labels = torch.randint(0, 1 + seed % 5, (n,), generator=g)
+    part = array_part(pixels, labels, lambda u8: u8)
+    found = split_part(part, dict(valid=0.1, test=0.2), seed, stable)
+    sizes = labels.bincount()
+    for name, share in dict(valid=0.1, test=0.2).items():
+        held = found[name].labels.bincount(minlength=len(sizes))
+        owed = sizes * share
+        exact = owed < 5 if stable else owed > 0  # larger ones keep it on average
+        assert (held <= owed.ceil())[exact].all() and len(found[name].names) >= 1
+        if exact.all():
+            assert len(found[name].names) <= max(share * n + 0.5 * len(sizes), 1)
+
+
 # ---------------------------------------------------------------- errors
 
 
