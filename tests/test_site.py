@@ -105,6 +105,7 @@ def test_a_page_fits_the_screen_has_no_barrier_and_asks_nobody(site, browser, sh
     for scheme in ("light", "dark"):  # the theme follows the system while the page is open
         page.emulate_media(color_scheme=scheme)
         page.wait_for_function(f"document.documentElement.dataset.theme === '{scheme}'")
+        page.wait_for_timeout(500)  # colours fade over
         assert page.evaluate("document.documentElement.scrollWidth") <= width + 1, scheme
         page.screenshot(path=shots / f"site-{name.replace('/', '-')}-{width}-{scheme}.png")
         assert width < 1000 or not (found := barriers(page)), (scheme, found)
