@@ -7,6 +7,7 @@ It holds the lessons with their stored outputs, an API reference, and a syllabus
 """
 
 import ast
+import html
 import io
 import re
 import shutil
@@ -85,8 +86,14 @@ def converted(path: Path) -> nbformat.NotebookNode:
             cell.source = "\n".join(line for line in lines if not DIRECTIVE.match(line)).strip("\n")
             if not cell.source and not cell.outputs:
                 continue
+            if "solution" in found:  # a fold: the reader writes it first
+                cell.metadata.setdefault("tags", []).append("hide-input")
             for o in cell.outputs:
-                o.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+                data = o.get("data", {})
+                data.pop("application/vnd.jupyter.widget-view+json", None)
+                if said := re.search("<title>(.*?)</title>", data.get("image/svg+xml", "")):
+                    cell.metadata["mystnb"] = dict(image=dict(alt=html.unescape(said[1])))
+                    cell.metadata.setdefault("tags", []).append("remove-input")
         cells.append(cell)
     nb.cells = cells
     return nb

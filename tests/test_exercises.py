@@ -47,6 +47,10 @@ def names(lesson: str) -> dict:
         from ddpm_course.answers import lesson_00
 
         found["alpha"], found["sigma"] = lesson_00._levels()
+    if lesson == "04b":  # nor has this one: the road and the block of its network
+        from ddpm_course.answers import lesson_04b
+
+        found |= dict(process=found["DDPM"](schedule="cosine"), Block=lesson_04b._Block)
     return found
 
 
@@ -100,6 +104,13 @@ def test_lesson_asks_and_solves(lesson):
                 assert (
                     shown[key].text in text
                 ), f"{key}: run `python tools/outputs.py --only 'check(\"'` on the lesson"
+        elif kind == "code" and source.startswith("#| solution"):
+            exec(source, here)
+            made = {m[2] for m in re.finditer(r"^(def|class) (\w+)", source, re.M)}
+            for key, name in [pair for pair in open_ if pair[1] in made]:
+                said = graded(find(key), here[name])
+                assert said.right, f"{key}: the solution is told {said}"
+                open_.remove((key, name))
         elif kind == "markdown" and "<details>" in source:
             for key, name in list(open_):
                 code = [

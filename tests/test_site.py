@@ -59,6 +59,16 @@ def test_what_only_nbdev_reads_is_gone(site):
     )
 
 
+def test_diagrams_say_what_they_show_and_solutions_are_folded(site):
+    text = (site / "02_forward.html").read_text(encoding="utf-8")
+    assert 'alt="Small arrows lead from x_0 over x_1 and x_2 to x_t.' in text
+    assert "ddpm_course.diagrams" not in text
+    text = (site / "04b_first_images.html").read_text(encoding="utf-8")
+    hidden = re.findall(r"<details.*?</details>", text, re.S)
+    assert any("alpha" in h and "make_example" in h for h in hidden)
+    assert text.count("make_example") > sum(h.count("make_example") for h in hidden)
+
+
 def test_the_syllabus_knows_every_lesson(site):
     text = (site / "syllabus.html").read_text(encoding="utf-8")
     for stem in LESSONS:
