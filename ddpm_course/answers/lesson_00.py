@@ -128,7 +128,7 @@ def blobs(n):
     blobs,
     "No answer yet: a function of n that returns a float tensor (n, 2).",
     [
-        (lambda n: blobs(n).numpy(), "torch tensor"),
+        (lambda n: blobs(n).tolist(), "torch tensor"),
         (lambda n: blobs(n).T, "shape should be"),
         (lambda n: blobs(n).double(), "float32"),
         (lambda n: blobs(n) / 0, "infinite"),

@@ -21,7 +21,6 @@ number(
     0.1,
     "Put a number between 0 and 1 into answer.",
     {
-        10.0: "A share, not percent: between 0 and 1.",
         0.99: (
             "That is the judge on images of the class asked for: here the class is a"
             " matter of chance."
