@@ -155,7 +155,7 @@ def choice(
             answer = re.findall(r"\w+", answer)  # "a, c"
         if isinstance(right, many) and isinstance(answer, many):
             kind = frozenset if isinstance(right, (set, frozenset)) else tuple
-            answer = kind(as_word(a) for a in answer)
+            answer = kind(answer)
         if isinstance(right, str) and isinstance(answer, many) and len(answer) == 1:
             (answer,) = answer
         told = {as_words(wrong): hint for wrong, hint in hints.items()}

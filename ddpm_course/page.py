@@ -209,7 +209,7 @@ def neighbours(diff, dls, n: int = 48, shown: int = 8, most: int = 8000) -> str:
     alt = "Rows of a sample and the training images that are nearest to it"
     told = (
         copying(m, n)
-        if heldout
+        if m
         else (
             "Nothing was held out, so that nobody can tell whether the model copies:"
             " look."

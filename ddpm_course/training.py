@@ -508,7 +508,7 @@ def length_of(epochs, minutes, settings: dict) -> Settings:  # ValueError
     if not all(0 < n < math.inf for n in lengths):
         what = "minutes" if epochs is None else "epochs"
         raise ValueError(f"{what} must be more than 0 and finite, not {lengths[0]}")
-    settings |= dict(minutes=minutes) if minutes else {}
+    settings = settings | (dict(minutes=minutes) if minutes else {})
     if not minutes or settings.get("total_steps"):
         return Settings(**settings)
     # what learns more in a given time; fsdp has only slices of matrices
